@@ -1,0 +1,1 @@
+"""The agent: starts, watches and ends the workers of one node."""

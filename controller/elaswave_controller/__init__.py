@@ -1,0 +1,1 @@
+"""The controller: turns events of a job into persisted plans."""

@@ -1,0 +1,1 @@
+"""Links between workers: ordered frames over Unix sockets or TCP."""

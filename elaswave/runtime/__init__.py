@@ -1,0 +1,1 @@
+"""The worker process: executes programs, accumulates gradients, keeps shards, trains."""

@@ -1,0 +1,1 @@
+"""Commands: elaswave-launch starts a job, elaswave operates a running one."""
