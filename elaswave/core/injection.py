@@ -9,6 +9,8 @@ from elaswave.errors import ConfigError
 ACTIONS = ("kill", "stop", "slow")
 PHASES = ("forward", "backward", "reduce", "decide", "update", "publish", "any")
 DEFAULT_FACTOR = 2.0
+_MAX_WORKER = 2**32 - 1
+_MAX_STEP = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +51,8 @@ def parse_injection(spec: str) -> Injection:
         raise _wrong(spec, f"during={fields['during']} must be during=recovery")
     return Injection(
         action=action,
-        worker=WorkerId(_natural(spec, "worker", fields["worker"])),
-        step=Step(_natural(spec, "step", fields["step"])),
+        worker=WorkerId(_natural(spec, "worker", fields["worker"], _MAX_WORKER)),
+        step=Step(_natural(spec, "step", fields["step"], _MAX_STEP)),
         phase=phase,
         factor=_factor(spec, action, fields.get("factor")),
         during_recovery="during" in fields,
@@ -77,9 +79,10 @@ def _factor(spec: str, action: str, text: str | None) -> float:
         raise _wrong(spec, f"factor={text} must be a number above 1") from error
 
 
-def _natural(spec: str, key: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise _wrong(spec, f"{key}={text} must be a whole number from 0")
+def _natural(spec: str, key: str, text: str, limit: int) -> int:
+    # int() alone would take "1_0", " 7" and digits of other scripts, and raises its own error for thousands of digits.
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(limit)) and int(text) <= limit):
+        raise _wrong(spec, f"{key}={text} must be a whole number from 0 to {limit}")
     return int(text)
 
 
