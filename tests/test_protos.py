@@ -26,7 +26,7 @@ def test_messages_are_registered_under_their_package() -> None:
     assert done.stdout.split() == ["elaswave.v1", "elaswave._pb.control_pb2"]
 
 
-@pytest.mark.parametrize("module", ["elaswave._pb.control_pb2", "elaswave.core.plan", "elaswave"])
+@pytest.mark.parametrize("module", ["elaswave._pb.control_pb2", "elaswave.wire", "elaswave.core.plan", "elaswave"])
 def test_light_modules_import_neither_grpc_nor_torch(module: str) -> None:
     code = f"import sys, {module}; print([name for name in ('grpc', 'torch', 'asyncio') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
