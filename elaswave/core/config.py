@@ -103,5 +103,7 @@ def _check_fit(config: ControllerConfig) -> None:
     layout = f"--dp {config.dp} --pp {config.pp} --tp {config.tp} --spares {config.spares}"
     source = f"{config.nnodes} node(s) x {config.nproc_per_node} processes = {have}"
     if needed > have:
-        raise ConfigError(f"{layout} needs {needed} workers but {source}: start more workers or make the layout smaller")
+        raise ConfigError(
+            f"{layout} needs {needed} workers but {source}: start more workers or make the layout smaller"
+        )
     raise ConfigError(f"{layout} uses {needed} workers but {source}: add --spares {have - config.layout_workers}")

@@ -1,0 +1,1 @@
+"""Plans as pure functions of the last persisted plan and of reports."""

@@ -1,0 +1,50 @@
+"""What every plan of a job is made from besides the plan before it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from elaswave.core.ids import Epoch, Step, WorkerId
+from elaswave.core.layout import Stage
+from elaswave.core.plan import Plan, RouteTable
+from elaswave.core.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanningContext:
+    """Model, stages of the layout, number of replicas wanted per shard, micro-batches per step."""
+
+    shape: ModelShape
+    stages: tuple[Stage, ...]
+    replicas: int
+    micro_batches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReport:
+    """Newest report of one member: epoch adopted, step, and its step when it adopted each epoch."""
+
+    epoch: Epoch
+    step: Step
+    adopted_at: Mapping[Epoch, Step]
+    versions: Mapping[int, int]
+    reduced: Mapping[int, tuple[Step, ...]]
+    hosted_ready: bool = False
+    finished: bool = False
+
+
+Reports = Mapping[WorkerId, MemberReport]
+
+
+def supersede(plan: Plan, reason: str, **changes: Any) -> Plan:  # noqa: ANN401 -- fields of Plan, checked by it
+    """The plan of the next epoch with these fields changed."""
+    return replace(plan, epoch=Epoch(plan.epoch + 1), reason=reason, **changes)
+
+
+def prune_tables(tables: tuple[RouteTable, ...], slowest: Step) -> tuple[RouteTable, ...]:
+    """Drop route tables that no worker at step `slowest` or later uses."""
+    first = 0
+    for index, table in enumerate(tables):
+        if table.first_step <= slowest:
+            first = index
+    return tables[first:]
