@@ -1,0 +1,94 @@
+"""Command line of the controller process; made by the launcher, which has checked the values."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from elaswave.core.config import ControllerConfig
+from elaswave.core.injection import Injection, parse_injection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerOptions:
+    """Everything that the controller process is told."""
+
+    job: str
+    config: ControllerConfig
+    token: str = field(repr=False)
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: any free port."""
+
+    port_file: Path | None = None
+    """Where to write the port that was taken, for the launcher."""
+
+    run_dir: Path
+    report: Path | None = None
+    save_dir: Path | None = None
+    resume_from: str = ""
+    injections: tuple[Injection, ...] = ()
+    unbuffered: bool = False
+    log_cap_bytes: int = 0
+    link_transport: str = "unix"
+    link_host: str = ""
+    """Where TCP links listen; empty: at the host that the worker's agent names."""
+
+    node_suspect_s: float = 3.0
+    store_log: Path | None = None
+    shutdown_limit_s: float = 4.0
+    """How long agents may take to end their workers."""
+
+
+_CONFIG_NUMBERS = (
+    "dp", "pp", "tp", "spares", "nnodes", "nproc_per_node", "max_restarts", "replicas", "save_every",
+)  # fmt: skip
+
+
+def read_options(arguments: Sequence[str]) -> ControllerOptions:
+    """Options from the command line; argparse ends the process (2) where they are no options. Reads the token file."""
+    parser = argparse.ArgumentParser(prog="elaswave_controller", allow_abbrev=False)
+    for name in ("job", "host", "run-dir", "token-file"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in _CONFIG_NUMBERS:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, required=True)
+    for name in ("port", "log-cap"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    for name in ("port-file", "report", "save-dir", "resume-from", "link-host", "store-log"):
+        parser.add_argument(f"--{name}", default="")
+    for name, default in (("node-suspect-s", 3.0), ("shutdown-limit-s", 4.0)):
+        parser.add_argument(f"--{name}", type=float, default=default)
+    parser.add_argument("--link-transport", default="unix")
+    parser.add_argument("--inject", action="append", default=[])
+    parser.add_argument("--unbuffered", action="store_true")
+    parser.add_argument("--refuse-fresh-start", action="store_true")
+    found = parser.parse_args(list(arguments))
+    config = ControllerConfig(
+        **{name: getattr(found, name) for name in _CONFIG_NUMBERS},
+        want_report=bool(found.report),
+        allow_fresh_start=not found.refuse_fresh_start,
+    )
+    return ControllerOptions(
+        job=found.job,
+        config=config,
+        token=Path(found.token_file).read_text(encoding="utf-8").strip(),
+        host=found.host,
+        port=found.port,
+        port_file=_path(found.port_file),
+        run_dir=Path(found.run_dir),
+        report=_path(found.report),
+        save_dir=_path(found.save_dir),
+        resume_from=found.resume_from,
+        injections=tuple(parse_injection(spec) for spec in found.inject),
+        unbuffered=found.unbuffered,
+        log_cap_bytes=found.log_cap,
+        link_transport=found.link_transport,
+        link_host=found.link_host,
+        node_suspect_s=found.node_suspect_s,
+        store_log=_path(found.store_log),
+        shutdown_limit_s=found.shutdown_limit_s,
+    )
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
