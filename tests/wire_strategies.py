@@ -105,7 +105,7 @@ worker_events = st.one_of(
         traceback=line,
     ),
     built(events.FinalDigest, **told, parameters=names),
-    built(events.CheckpointWritten, **told, step=counts, manifest=line),
+    built(events.CheckpointWritten, **told, step=counts, shards=tuples(uint32), manifest=line),
     built(events.UserLine, **told, text=line),
 )
 observed = {"worker": uint32, "noticed_at": seconds, "last_alive_at": seconds, "progress": progress_pages}
@@ -176,6 +176,7 @@ incidents = built(
     plan_s=seconds,
     edit_s=seconds,
     repair_s=seconds,
+    resume_s=seconds,
     delay_s=seconds,
     redone_hops=uint32,
     dead_hops=uint32,

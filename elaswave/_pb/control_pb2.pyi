@@ -246,12 +246,14 @@ class FinalDigest(_message.Message):
     def __init__(self, parameters: _Optional[str] = ...) -> None: ...
 
 class CheckpointShard(_message.Message):
-    __slots__ = ("step", "manifest")
+    __slots__ = ("step", "manifest", "shards")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     step: int
     manifest: str
-    def __init__(self, step: _Optional[int] = ..., manifest: _Optional[str] = ...) -> None: ...
+    shards: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., manifest: _Optional[str] = ..., shards: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("ready", "report", "step_result", "work_done", "link_broken", "failed", "digest", "checkpoint", "line")
@@ -532,7 +534,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., local_index: _Optional[int] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Incident(_message.Message):
-    __slots__ = ("epoch", "cause", "evidence", "workers", "step", "phase", "detect_s", "plan_s", "edit_s", "repair_s", "delay_s", "redone_hops", "dead_hops", "step_hops", "bytes_moved", "reason")
+    __slots__ = ("epoch", "cause", "evidence", "workers", "step", "phase", "detect_s", "plan_s", "edit_s", "repair_s", "delay_s", "redone_hops", "dead_hops", "step_hops", "bytes_moved", "reason", "resume_s")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
@@ -549,6 +551,7 @@ class Incident(_message.Message):
     STEP_HOPS_FIELD_NUMBER: _ClassVar[int]
     BYTES_MOVED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    RESUME_S_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     cause: str
     evidence: str
@@ -565,7 +568,8 @@ class Incident(_message.Message):
     step_hops: int
     bytes_moved: int
     reason: str
-    def __init__(self, epoch: _Optional[int] = ..., cause: _Optional[str] = ..., evidence: _Optional[str] = ..., workers: _Optional[_Iterable[int]] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., detect_s: _Optional[float] = ..., plan_s: _Optional[float] = ..., edit_s: _Optional[float] = ..., repair_s: _Optional[float] = ..., delay_s: _Optional[float] = ..., redone_hops: _Optional[int] = ..., dead_hops: _Optional[int] = ..., step_hops: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    resume_s: float
+    def __init__(self, epoch: _Optional[int] = ..., cause: _Optional[str] = ..., evidence: _Optional[str] = ..., workers: _Optional[_Iterable[int]] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., detect_s: _Optional[float] = ..., plan_s: _Optional[float] = ..., edit_s: _Optional[float] = ..., repair_s: _Optional[float] = ..., delay_s: _Optional[float] = ..., redone_hops: _Optional[int] = ..., dead_hops: _Optional[int] = ..., step_hops: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., reason: _Optional[str] = ..., resume_s: _Optional[float] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -204,10 +204,11 @@ class FinalDigest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointWritten:
-    """`worker` has written its shards of `step`; `manifest` is its part of the index, as text."""
+    """`worker` has written these shards at version `step`; `manifest` is its part of the index, as text."""
 
     worker: WorkerId
     step: Step
+    shards: tuple[ShardId, ...]
     manifest: str
 
 
@@ -289,8 +290,9 @@ class StepRecorded:
 class Incident:
     """One failure or planned change, from its cause to the end of its repair. Seconds; -1 where not known.
 
-    detect: last sign of life to the controller knowing. plan: knowing to persisted. edit: persisted to adopted by
-    all that it touches. repair: adopted to the last moved hop done. delay: the step's time less the median.
+    detect: last sign of life to the agent noticing. plan: noticed to persisted. edit: persisted to adopted by all.
+    repair: adopted to the last moved hop done. resume: last sign of life to the first moved hop begun elsewhere.
+    delay: the step's time less the median.
     dead_hops: hops that the lost workers had begun or finished in the step; redone_hops: those of them run again;
     step_hops: all hops of the step.
     """
@@ -305,6 +307,7 @@ class Incident:
     plan_s: float
     edit_s: float
     repair_s: float
+    resume_s: float
     delay_s: float
     redone_hops: int
     dead_hops: int

@@ -36,6 +36,11 @@ def order_key(seed: int, pass_number: int) -> int:
     return _key(b"order", seed, pass_number)
 
 
+def evaluation_key(seed: int, step: Step) -> int:
+    """Key for the evaluation after one step."""
+    return _key(b"evaluation", seed, step)
+
+
 def _key(label: bytes, *parts: int) -> int:
     packed = struct.pack(f"<{len(parts)}q", *parts)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=label).digest(), "little")

@@ -56,7 +56,7 @@ def encode_worker_event(event: WorkerEvent) -> control_pb2.WorkerMessage:
         case FinalDigest():
             return control_pb2.WorkerMessage(digest=control_pb2.FinalDigest(parameters=event.parameters))
         case CheckpointWritten():
-            shard = control_pb2.CheckpointShard(step=event.step, manifest=event.manifest)
+            shard = control_pb2.CheckpointShard(step=event.step, manifest=event.manifest, shards=event.shards)
             return control_pb2.WorkerMessage(checkpoint=shard)
         case UserLine():
             line = control_pb2.UserLine(text=checks.sendable(event.text, checks.MAX_TEXT))
@@ -284,8 +284,10 @@ def _decode_failed(worker: WorkerId, message: control_pb2.WorkerFailed) -> Worke
 
 
 def _decode_checkpoint(worker: WorkerId, message: control_pb2.CheckpointShard) -> CheckpointWritten:
+    checks.entries("CheckpointShard.shards", message.shards)
     return CheckpointWritten(
         worker=worker,
         step=_step("CheckpointShard.step", message.step),
+        shards=tuple(ShardId(shard) for shard in message.shards),
         manifest=checks.text("CheckpointShard.manifest", message.manifest, checks.MAX_MANIFEST),
     )

@@ -1,0 +1,1 @@
+"""Parts of the controller's state machine."""

@@ -1,0 +1,145 @@
+"""What follows from reports without any new failure: copies, joins, even routes, the end (protocol rules 5.3, 6, 7.4, 4.11)."""
+
+from elaswave.core.control.state import END_LIMIT_S, ControllerState
+from elaswave.core.events import RestartAll
+from elaswave.core.ids import Step, WorkerId
+from elaswave.core.incidents import OpenIncident, hops_of_step
+from elaswave.core.membership import Trigger, WorkerState
+from elaswave.core.plan import Plan
+from elaswave.core.planner.context import supersede
+from elaswave.core.planner.copies import StateIsGone, advance_copies, resolve_queries
+from elaswave.core.planner.join import plan_join, plan_routes
+
+ROUTE_LEAD_STEPS = 2
+"""Announced routes begin this many steps ahead of the highest reported one; late is legal but costs work."""
+
+
+class AdvanceControl(ControllerState):
+    """Planned changes, one plan at a time, each from the newest persisted one."""
+
+    def advance(self) -> None:
+        """Make the next plan that the reports allow, if any."""
+        while self.plan is not None and not self.plan.finished and not self.ended:
+            if not (self._finish() or self._find_owners() or self._move_copies() or self._admit() or self._route()):
+                return
+
+    def _finish(self) -> bool:
+        _, plan = self.need_plan()
+        reports = [self.reports.get(worker) for worker in plan.ids]
+        done = all(report is not None and report.finished and report.epoch == plan.epoch for report in reports)
+        if not done or (self.config.want_report and not self.digest):
+            return False
+        self.persist(supersede(plan, "finished: all members are at the last version", finished=True))
+        self.end_limit = self.now + END_LIMIT_S
+        return True
+
+    def _find_owners(self) -> bool:
+        context, plan = self.need_plan()
+        answer = resolve_queries(context, plan, self.reports)
+        if isinstance(answer, StateIsGone):
+            self._fall_back(answer)
+            return False
+        if answer is not None:
+            self.persist(answer)
+        return answer is not None
+
+    def _fall_back(self, gone: StateIsGone) -> None:
+        _, plan = self.need_plan()
+        holders = {w for shard in gone.shards for w in plan.groups[shard].everyone}
+        suspects = [r for r in self.workers.values() if r.state is WorkerState.SUSPECTED]
+        if suspects and not holders:
+            return
+        text = f"owner and all replicas of {len(gone.shards)} shards are lost"
+        if self.committed or (self.job is not None and self.job.resume_from):
+            self.effects.append(RestartAll(reason=f"{text}: going back to the last durable checkpoint"))
+        else:
+            self.end(
+                1, f"{text} and there is no durable checkpoint: use --save-every and --save-dir, or more --replicas"
+            )
+
+    def _move_copies(self) -> bool:
+        context, plan = self.need_plan()
+        made = advance_copies(context, plan, self.reports, self.swaps)
+        if made is None:
+            return False
+        self.swaps = frozenset(
+            (shard, worker)
+            for shard, worker in self.swaps
+            if worker in made.groups[shard].everyone and made.groups[shard].owner != worker
+        )
+        self.persist(made)
+        return True
+
+    def _admit(self) -> bool:
+        """Warm workers take the place of lost ones."""
+        context, plan = self.need_plan()
+        missing = self.config.layout_workers - len(plan.ids)
+        warm = [record for record in self.workers.values() if record.state is WorkerState.WARM]
+        if missing <= 0 or not warm or plan.queries:
+            return False
+        joiners = warm[:missing]
+        names = ", ".join(record.name for record in joiners)
+        joined = plan_join(context, plan, tuple(record.member() for record in joiners), f"{names} joins")
+        for record in joiners:
+            record.move(Trigger.ADMITTED)
+            self.joining.add(record.worker)
+            self.reports.pop(record.worker, None)
+        self.swaps |= joined.swaps
+        self.persist(joined.plan)
+        ids = tuple(record.worker for record in joiners)
+        self.open_incident("join", f"{names} warm", ids, noticed_at=self.now, last_alive_at=0.0, plan=joined.plan)
+        return True
+
+    def _route(self) -> bool:
+        """Deal the work evenly: to joiners that hold their parameters, and after a loss from a later step on."""
+        context, plan = self.need_plan()
+        for worker in list(self.joining):
+            report = self.reports.get(worker)
+            if worker not in plan.ids:
+                self.joining.discard(worker)
+            elif report is not None and report.hosted_ready and report.epoch == plan.epoch:
+                self.joining.discard(worker)
+                self.uneven = True
+        if not self.uneven or self.joining or plan.queries:
+            return False
+        first_step = Step(self.fastest_step() + ROUTE_LEAD_STEPS)
+        self.uneven = False
+        if self.job is None or first_step >= self.job.steps:
+            return False
+        reason = f"work dealt evenly over {len(plan.ids)} workers from step {first_step} on"
+        self.persist(plan_routes(context, plan, first_step, self.slowest_step(), reason))
+        return True
+
+    def open_incident(
+        self,
+        cause: str,
+        evidence: str,
+        workers: tuple[WorkerId, ...],
+        *,
+        noticed_at: float,
+        last_alive_at: float,
+        plan: Plan,
+    ) -> OpenIncident:
+        """Begin the record of an incident whose plan has just been persisted."""
+        step = self.next_step
+        records = [self.workers[worker] for worker in workers]
+        progress = tuple(record.progress for record in records)
+        lost_in_step = [found for found in progress if found.phase]
+        if lost_in_step:
+            step = lost_in_step[0].step
+        incident = OpenIncident(
+            epoch=plan.epoch,
+            cause=cause,
+            evidence=evidence,
+            workers=workers,
+            step=step,
+            phase=lost_in_step[0].phase if lost_in_step else "",
+            last_alive_at=last_alive_at,
+            noticed_at=noticed_at,
+            planned_at=self.now,
+            reason=plan.reason,
+            step_hops=hops_of_step(plan, step),
+            lost_progress=progress,
+        )
+        self.incidents.append(incident)
+        return incident

@@ -1,0 +1,98 @@
+"""Progress of the job: reports, steps, incidents, durable checkpoints."""
+
+from elaswave.core.control.lifecycle import LifecycleControl
+from elaswave.core.events import (
+    CheckpointWritten,
+    CommitCheckpoint,
+    IncidentClosed,
+    StepRecorded,
+    StepReported,
+    WorkDone,
+    WorkerReport,
+)
+from elaswave.core.ids import Step
+from elaswave.core.incidents import OpenIncident, usual_step
+from elaswave.core.planner.context import MemberReport
+
+
+class JobEvents(LifecycleControl):
+    """What workers tell about their work."""
+
+    def worker_report(self, event: WorkerReport) -> None:
+        """Merge a monotone report (rule 7.3) and do what it allows."""
+        before = self.reports.get(event.worker)
+        adopted = dict(before.adopted_at) if before is not None else {}
+        adopted.update(event.adoptions)
+        self.reports[event.worker] = MemberReport(
+            epoch=event.epoch,
+            step=event.step,
+            adopted_at=adopted,
+            versions={held.shard: held.version for held in event.held},
+            reduced={held.shard: held.reduced for held in event.held},
+            hosted_ready=event.hosted_ready,
+            finished=event.finished,
+        )
+        self._reached(event.worker, event.step)
+        if self.plan is not None:
+            for incident in self.incidents:
+                if event.epoch >= incident.epoch:
+                    incident.adopted_by(event.worker, self.now, self.plan)
+            self.advance()
+        self._close_incidents()
+
+    def _reached(self, worker: int, step: Step) -> None:
+        if self.plan is not None and worker in self.plan.ids:
+            known = self.workers[worker].worker  # type: ignore[index]
+            self.steps_of[known] = max(step, self.steps_of.get(known, Step(0)))
+
+    def step_reported(self, event: StepReported) -> None:
+        """The first report of a step counts; all carry the same values."""
+        step = event.result.step
+        self._reached(event.worker, Step(step + 1))
+        if step in self.steps_seen or step < self.next_step:
+            return
+        self.steps_seen[step] = event.received_at
+        seconds = event.received_at - self.last_step_at if self.last_step_at else 0.0
+        self.last_step_at = event.received_at
+        self.next_step = Step(step + 1)
+        self.step_seconds.append(seconds)
+        self.effects.append(StepRecorded(result=event.result, seconds=seconds))
+        self._close_incidents()
+
+    # ------------------------------------------------------------------ incidents
+
+    def work_done(self, event: WorkDone) -> None:
+        """A worker has run the hops that a plan moved to it."""
+        for incident in self.incidents:
+            if incident.epoch == event.epoch:
+                incident.work_done(event, self.now)
+        self._close_incidents()
+
+    def _close_incidents(self) -> None:
+        """An incident ends when all have adopted its plan and the step it fell into is decided."""
+        still: list[OpenIncident] = []
+        for incident in self.incidents:
+            over = incident.step < self.next_step and incident.edited_at is not None
+            if over or (self.plan is not None and self.plan.finished):
+                first = self.start_step()
+                index = incident.step - first
+                seconds = self.step_seconds[index] if 0 <= index < len(self.step_seconds) else 0.0
+                usual = usual_step(self.step_seconds[:index]) or seconds
+                self.effects.append(IncidentClosed(incident=incident.close(seconds, usual)))
+            else:
+                still.append(incident)
+        self.incidents = still
+
+    # ------------------------------------------------------------------ durable checkpoints
+
+    def checkpoint_written(self, event: CheckpointWritten) -> None:
+        """Commit a checkpoint when every shard of its step is on disk; older incomplete ones are void."""
+        context, _ = self.need_plan()
+        parts = self.checkpoints.setdefault(event.step, {})
+        for shard in event.shards:
+            parts[shard] = event.manifest
+        if len(parts) == len(context.shape.shards):
+            manifests = tuple(dict.fromkeys(parts[shard] for shard in sorted(parts)))
+            self.effects.append(CommitCheckpoint(step=event.step, manifests=manifests))
+            self.committed = True
+            self.checkpoints = {step: found for step, found in self.checkpoints.items() if step > event.step}
