@@ -54,6 +54,7 @@ def test_header_alone_is_enough_to_refuse_and_the_decoder_stays_closed() -> None
     for data in (b"", encode_frame(control_pb2.UserLine(text="fine"))):
         with pytest.raises(ProtocolError, match="4294967295"):
             decoder.feed(data)
+    assert decoder.pending_bytes == 4
 
 
 def test_long_messages_are_not_sent() -> None:

@@ -175,6 +175,16 @@ def test_new_table_starts_from_the_newest_one() -> None:
     assert apply_plan_delta(plan, delta).tables == (*plan.tables, announced)
 
 
+def test_newest_table_is_the_last_one() -> None:
+    plan = base_plan()
+    late = RouteTable(first_step=Step(7), routes=tuple((hop(m % 2, 0, 1), hop(2, 1, 4)) for m in range(4)))
+    two = successor(plan, tables=(*plan.tables, late))
+    later = RouteTable(first_step=Step(9), routes=late.routes)
+    delta = plan_delta(two, successor(two, tables=(late, later)))
+    assert not delta.tables
+    assert apply_plan_delta(two, delta).tables == (late, later)
+
+
 def test_changed_member_keeps_its_place() -> None:
     plan = base_plan()
     changed = (member(0), member(1, "unix:/s"), *plan.members[2:])
@@ -190,6 +200,7 @@ def test_member_without_layers_differs_from_member_without_entry() -> None:
     assert apply_plan_delta(plan, plan_delta(plan, none)).hosting == none.hosting
     assert apply_plan_delta(plan, plan_delta(plan, absent)).hosting == absent.hosting
     assert apply_plan_delta(plan, plan_delta(plan, absent)).members == plan.members
+    assert [m.worker for m in plan_delta(plan, absent).members_added] == [3]
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
