@@ -1,0 +1,189 @@
+"""Frames: how messages lie on a link, and cutting a byte stream into them without copying payloads. No I/O here.
+
+A frame is a header of 24 bytes, little-endian, then `meta_bytes` bytes of meta, then `payload_bytes` bytes of payload:
+
+    offset  0  magic          u32   0x4B4C5745 ("EWLK")
+            4  kind           u16   meaning is the caller's
+            6  flags          u16   bit 0: good-bye, the last frame, without meta and payload
+            8  meta_bytes     u32   at most META_LIMIT_BYTES
+           12  sequence       u32   frames of this connection before this one, modulo 2^32
+           16  payload_bytes  u64   at most the limit given to the reader
+"""
+
+import struct
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elaswave.errors import LinkClosed, ProtocolError
+
+MAGIC = 0x4B4C5745
+HEADER = struct.Struct("<IHHIIQ")
+HEADER_BYTES = HEADER.size
+META_LIMIT_BYTES = 1 << 20
+KIND_LIMIT = 1 << 16
+SEQUENCE_LIMIT = 1 << 32
+GOODBYE = 1
+
+ALIGNMENT_BYTES = 64
+# What is read ahead in one call: many small frames, while the head of a large payload that lands here, and is
+# copied once more, stays small against the payload.
+STAGING_BYTES = 32 << 10
+
+NO_PAYLOAD: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+
+Deliver = Callable[[int, bytes, NDArray[np.uint8]], None]
+"""Takes kind, meta and payload of one frame."""
+
+
+def encode_header(*, kind: int, meta_bytes: int, payload_bytes: int, sequence: int, flags: int = 0) -> bytes:
+    """The 24 bytes before meta and payload; the caller has checked the limits."""
+    return HEADER.pack(MAGIC, kind, flags, meta_bytes, sequence % SEQUENCE_LIMIT, payload_bytes)
+
+
+def encode_goodbye(sequence: int) -> bytes:
+    """The frame that says: closed on purpose, nothing follows."""
+    return encode_header(kind=0, meta_bytes=0, payload_bytes=0, sequence=sequence, flags=GOODBYE)
+
+
+def check_frame(kind: int, meta_bytes: int, payload_bytes: int, payload_limit_bytes: int) -> None:
+    """Raise ProtocolError if a frame of these sizes may not be sent."""
+    if not 0 <= kind < KIND_LIMIT:
+        raise ProtocolError(f"frame kind {kind} is not within 0..{KIND_LIMIT - 1}")
+    if meta_bytes > META_LIMIT_BYTES:
+        raise ProtocolError(
+            f"meta of {meta_bytes} bytes is over the limit of {META_LIMIT_BYTES}: move it to the payload"
+        )
+    if payload_bytes > payload_limit_bytes:
+        raise ProtocolError(
+            f"payload of {payload_bytes} bytes is over the limit of {payload_limit_bytes}: split it, or raise "
+            "payload_limit_bytes on all workers"
+        )
+
+
+def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
+    """Uninitialised bytes that start at a multiple of 64, so that any dtype and vector kernel may view them.
+
+    numpy and torch.empty cost the same here; numpy asks for huge pages from 4 MiB on and keeps torch out of links.
+    """
+    raw = np.empty(nbytes + ALIGNMENT_BYTES - 1, dtype=np.uint8)
+    start = -int(raw.ctypes.data) % ALIGNMENT_BYTES
+    return raw[start : start + nbytes]
+
+
+class FrameReader:
+    """Cuts the bytes of one connection into frames: receive into `buffer()`, then tell `advance(count)`.
+
+    While a payload is under way `buffer()` is the unfilled part of the payload itself. Lengths are checked before
+    anything is allocated by them. After ProtocolError the connection is of no use any more.
+    """
+
+    def __init__(self, payload_limit_bytes: int, deliver: Deliver) -> None:
+        self._limit = payload_limit_bytes
+        self._deliver = deliver
+        self._staging = memoryview(bytearray(STAGING_BYTES))
+        self._start = 0
+        self._end = 0  # bytes received and not yet used are staging[start:end]
+        self._needed = HEADER_BYTES  # from start on, to get any further
+        self._in_body = False  # the header of the frame under way is checked; the next three are from it
+        self._kind = 0
+        self._meta_bytes = 0
+        self._payload_bytes = 0
+        self._meta = b""
+        self._payload = NO_PAYLOAD
+        self._rest: memoryview | None = None  # part of the payload that is still to come
+        self._sequence = 0
+        self._goodbye = False
+
+    @property
+    def goodbye(self) -> bool:
+        """Whether the sender has said that nothing follows."""
+        return self._goodbye
+
+    @property
+    def inside_frame(self) -> bool:
+        """Whether the stream, if it ended here, would end in the middle of a frame."""
+        return self._rest is not None or self._end > self._start
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes of the stream belong; never empty."""
+        if self._rest is not None:
+            return self._rest
+        return self._staging[self._end : max(STAGING_BYTES, self._needed)]
+
+    def advance(self, count: int) -> None:
+        """Account for `count` bytes that were written to the front of `buffer()`; delivers the frames they complete.
+
+        Raises ProtocolError for what no sender should have sent, LinkClosed if there is no memory for a payload;
+        frames before it are delivered.
+        """
+        if self._rest is not None:
+            self._rest = self._rest[count:]
+            if len(self._rest) == 0:
+                self._finish()
+            return
+        self._end += count
+        while self._rest is None and self._end - self._start >= self._needed:
+            if self._in_body:
+                self._fill()
+            else:
+                self._open()
+        self._compact()
+
+    def _open(self) -> None:
+        magic, kind, flags, meta_bytes, sequence, payload_bytes = HEADER.unpack_from(self._staging, self._start)
+        if magic != MAGIC:
+            raise ProtocolError(f"frame {self._sequence} starts with {magic:#010x}, not with {MAGIC:#010x}")
+        if self._goodbye:
+            raise ProtocolError(f"frame {self._sequence} of kind {kind} after the good-bye")
+        if sequence != self._sequence:
+            raise ProtocolError(f"frame of kind {kind} has sequence {sequence} where {self._sequence} was due")
+        if flags not in (0, GOODBYE):
+            raise ProtocolError(f"frame {sequence} of kind {kind} has unknown flags {flags:#06x}")
+        check_frame(kind, meta_bytes, payload_bytes, self._limit)
+        self._goodbye = flags == GOODBYE
+        if self._goodbye and meta_bytes + payload_bytes:
+            raise ProtocolError(f"good-bye with {meta_bytes} bytes of meta and {payload_bytes} of payload, not none")
+        self._sequence = (self._sequence + 1) % SEQUENCE_LIMIT
+        if self._goodbye:
+            self._start += HEADER_BYTES
+            return
+        self._kind, self._meta_bytes, self._payload_bytes = kind, meta_bytes, payload_bytes
+        self._needed = HEADER_BYTES + meta_bytes
+        self._in_body = True
+
+    def _fill(self) -> None:
+        """Take the meta, and the part of the payload that is here."""
+        meta_at = self._start + HEADER_BYTES
+        payload_at = meta_at + self._meta_bytes
+        self._meta = bytes(self._staging[meta_at:payload_at])
+        here = min(self._payload_bytes, self._end - payload_at)
+        try:
+            self._payload = aligned_buffer(self._payload_bytes)
+        except MemoryError as error:
+            raise LinkClosed(f"no memory for a payload of {self._payload_bytes} bytes; the link is closed") from error
+        view = self._payload.data
+        view[:here] = self._staging[payload_at : payload_at + here]
+        self._start = payload_at + here
+        self._needed = HEADER_BYTES
+        self._in_body = False
+        if here < self._payload_bytes:
+            self._rest = view[here:]
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        payload, self._payload, self._rest = self._payload, NO_PAYLOAD, None
+        self._deliver(self._kind, self._meta, payload)
+
+    def _compact(self) -> None:
+        """Move what is left to the front, and make room if the frame's meta needs more than the staging has."""
+        left = self._end - self._start
+        if self._needed > len(self._staging):
+            larger = memoryview(bytearray(self._needed))
+            larger[:left] = self._staging[self._start : self._end]
+            self._staging = larger
+        elif left and self._start:
+            self._staging[:left] = self._staging[self._start : self._end]
+        self._start, self._end = 0, left
