@@ -4,7 +4,6 @@ import asyncio
 import sys
 
 from elaswave.core.controller import Controller
-
 from elaswave.errors import ElasWaveError
 from elaswave_controller.options import read_options
 from elaswave_controller.process import run_controller

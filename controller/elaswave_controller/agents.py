@@ -75,6 +75,10 @@ class AgentRegistry:
         self._node_of[effect.worker] = effect.node
         self._send(effect.node, encode_order(effect))
 
+    def adopt(self, worker: WorkerId, node: NodeId) -> None:
+        """The agent of `node` says that it has this worker, also one that it brought along when it came back."""
+        self._node_of[worker] = node
+
     def fence(self, effect: FenceWorker) -> None:
         """Have a worker killed."""
         node = self._node_of.get(effect.worker)

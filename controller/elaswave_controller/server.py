@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 import grpc
 from grpc import aio
 
-from elaswave.core.events import AgentAttached, AgentLost, StopRequested
+from elaswave.core.events import AgentAttached, AgentLost, StopRequested, WorkerStarted
 from elaswave.core.status import Finished
 from elaswave.errors import ConfigError, ProtocolError
 from elaswave.wire import decode_injection, encode_status, encode_watch
@@ -169,6 +169,8 @@ class AgentService(AgentServiceServicer):
                     connection.left = True
                     return
                 case _:
+                    if isinstance(told, WorkerStarted):
+                        self._shell.agents.adopt(told.worker, connection.hello.node)
                     self._shell.submit(told, now)
 
     def _lose(self, connection: AgentConnection, evidence: str) -> None:

@@ -68,6 +68,7 @@ class Shell:
         self._events: asyncio.Queue[tuple[Event, float]] = asyncio.Queue()
         self._pids: dict[WorkerId, int] = {}
         self._told: set[NodeId] = set()
+        self._now = 0.0
         self._injections = list(options.injections)
         self._checkpoints: asyncio.Queue[tuple[Path, CommitCheckpoint]] = asyncio.Queue()
         self._status_timer: asyncio.TimerHandle | None = None
@@ -115,7 +116,9 @@ class Shell:
         return self._finish(ended)
 
     async def _handle_next(self) -> None:
-        event, now = await self._next_event()
+        event, received_at = await self._next_event()
+        # A tick may have been stamped after an event that was received earlier but waited: the core's time never falls.
+        self._now = now = max(self._now, received_at)
         wanted = self._keep_books(event)
         if self._restart.under_way:
             await self._go_on_with_restart(now)
