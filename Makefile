@@ -47,5 +47,4 @@ soak: install
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -path ./.venv -prune -o -path ./.git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -print \
-		| xargs -r rm -rf
+	find . \( -path ./.venv -o -path ./.git \) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
