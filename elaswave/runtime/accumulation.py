@@ -1,0 +1,176 @@
+"""How contributions of micro-batches are added up (design section 3).
+
+exact64: a contribution is rounded to multiples of the quantum q = 2^e and added in float64. Sums of multiples of q are
+exact while they stay within 2^53 q, hence any order and grouping gives the same bits. To stay within, an element of a
+contribution beyond `limit` = min(2^51, 2^53 / M) q is replaced by the limit with its sign, and counted; an infinite or
+undefined element becomes NaN, in the sum too. Both depend on that contribution alone.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elaswave.errors import InvariantError
+from elaswave.job import Job
+
+PIECE_ELEMENTS: Final = 65536
+"""Elements per pass: 1.3 MB of source, scratch and sum. Smaller pieces fit a level-2 cache of 512 KiB and were slower
+for their calls; whole blocks are ten times as slow, as scratch that large comes from fresh pages each time."""
+
+_MANTISSA: Final = 53
+
+
+class Accumulation(Protocol):
+    """Number type of sums, the way a contribution enters them, and the way they are combined. One per thread."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of accumulators and partial sums."""
+
+    @property
+    def saturated(self) -> int:
+        """Elements replaced by the limit so far, on this worker."""
+
+    def zeros(self, elements: int) -> Tensor:
+        """A new accumulator: flat, on the host."""
+
+    def add(self, accumulator: Tensor, contribution: Tensor) -> None:
+        """Add a flat float32 or bfloat16 contribution of the same length."""
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """Sum of accumulators, or of equal slices of them; a new tensor. `parts` is not empty."""
+
+    def to_gradient(self, total: Tensor, micro_batches: int) -> Tensor:
+        """Mean over the micro-batches as float32, each element rounded once from the complete sum."""
+
+
+def accumulation_of(job: Job) -> Accumulation:
+    """What the job asks for."""
+    if job.accumulation == "float32":
+        return Float32Accumulation()
+    return Exact64Accumulation(quantum_exponent=job.quantum_exponent, micro_batches=job.micro_batches)
+
+
+class Exact64Accumulation:
+    """Sums that do not depend on order, grouping or number of workers."""
+
+    def __init__(self, *, quantum_exponent: int, micro_batches: int) -> None:
+        """Raises nothing; `micro_batches` (M) is the most contributions that one sum will have."""
+        self.limit: Final = 2.0**quantum_exponent * min(2 ** (_MANTISSA - 2), 2**_MANTISSA // micro_batches)
+        # Adding 1.5 * 2^52 q leaves no room for bits below q; subtracting it again is exact.
+        self._rounder: Final = np.array(1.5 * 2.0 ** (_MANTISSA - 1 + quantum_exponent))
+        # Half of it covers the rounding errors of the sum.
+        self._square_limit: Final = self.limit**2 / 2
+        self._bound: Final = _float32_not_above(self.limit)
+        self._scratch: Final[NDArray[np.float64]] = np.empty(PIECE_ELEMENTS)
+        self._widened: Final = torch.empty(PIECE_ELEMENTS)
+        self._saturated = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64
+
+    @property
+    def saturated(self) -> int:
+        return self._saturated
+
+    def zeros(self, elements: int) -> Tensor:
+        return torch.zeros(elements, dtype=torch.float64)
+
+    def add(self, accumulator: Tensor, contribution: Tensor) -> None:
+        _check_lengths(accumulator, contribution)
+        total = accumulator.numpy()
+        for start in range(0, contribution.numel(), PIECE_ELEMENTS):
+            piece = self._in_range(contribution[start : start + PIECE_ELEMENTS])
+            into = total[start : start + PIECE_ELEMENTS]
+            rounded = self._scratch[: piece.size]
+            # numpy: its calls and its conversion to float64 cost less than torch's.
+            np.copyto(rounded, piece)
+            np.add(rounded, self._rounder, rounded)
+            np.subtract(rounded, self._rounder, rounded)
+            np.add(into, rounded, into)
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        return _sum(parts)
+
+    def to_gradient(self, total: Tensor, micro_batches: int) -> Tensor:
+        return _mean(total, micro_batches)
+
+    def quantised(self, contribution: Tensor) -> Tensor:
+        """What `add` adds, as float64: for tests and reports."""
+        rounded = self.zeros(contribution.numel())
+        self.add(rounded, contribution)
+        return rounded
+
+    def _in_range(self, piece: Tensor) -> NDArray[np.float32]:
+        """The elements as float32 within the limit, or NaN."""
+        if piece.dtype != torch.float32:
+            piece = self._widened[: piece.numel()].copy_(piece)
+        # One pass, no copy: where the squares add up to less than the limit's, no element is beyond it. NaN fails too.
+        if float(torch.dot(piece, piece)) < self._square_limit:
+            return piece.numpy()
+        return self._saturate(piece).numpy()
+
+    def _saturate(self, piece: Tensor) -> Tensor:
+        finite = torch.isfinite(piece)
+        self._saturated += int((finite & (piece.abs() > self._bound)).sum())
+        return piece.clamp(-self._bound, self._bound).where(finite, torch.nan)
+
+
+class Float32Accumulation:
+    """Plain sums: half the memory and traffic, but other bits for every order and grouping."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def saturated(self) -> int:
+        return 0
+
+    def zeros(self, elements: int) -> Tensor:
+        return torch.zeros(elements)
+
+    def add(self, accumulator: Tensor, contribution: Tensor) -> None:
+        _check_lengths(accumulator, contribution)
+        accumulator.add_(contribution)
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        return _sum(parts)
+
+    def to_gradient(self, total: Tensor, micro_batches: int) -> Tensor:
+        return _mean(total, micro_batches)
+
+
+def _float32_not_above(value: float) -> float:
+    nearest = np.float32(value)
+    return float(nearest if float(nearest) <= value else np.nextafter(nearest, np.float32(0)))
+
+
+def _check_lengths(accumulator: Tensor, contribution: Tensor) -> None:
+    if accumulator.shape != contribution.shape:
+        raise InvariantError(
+            f"a contribution of shape {tuple(contribution.shape)} is added to a sum of {tuple(accumulator.shape)}"
+        )
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        _check_lengths(total, part)
+        total.add_(part)
+    return total
+
+
+def _mean(total: Tensor, micro_batches: int) -> Tensor:
+    gradient = torch.empty(total.shape, dtype=torch.float32)
+    scratch = torch.empty(min(PIECE_ELEMENTS, total.numel()), dtype=total.dtype)
+    for start in range(0, total.numel(), PIECE_ELEMENTS):
+        piece = total[start : start + PIECE_ELEMENTS]
+        mean = torch.div(piece, micro_batches, out=scratch[: piece.numel()])
+        gradient[start : start + PIECE_ELEMENTS].copy_(mean)
+    return gradient

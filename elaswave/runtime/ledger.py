@@ -1,0 +1,78 @@
+"""Accumulators with their ledgers: what is in a sum, and the indivisible act of adding to both."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from elaswave.core.ids import BlockId, Coverage, MicroBatch
+from elaswave.core.shape import Shard
+from elaswave.errors import InvariantError
+from elaswave.runtime.accumulation import Accumulation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """What travels with a contribution: whose it is, and whether the input that it was made from was good."""
+
+    micro_batch: MicroBatch
+    valid: bool = True
+
+
+class LayerAccumulator:
+    """Sum of one layer's contributions at one (step, assignment epoch), flat by block, with its ledger.
+
+    Invariant: bit m of `coverage` is set exactly when the contribution of micro-batch m is in every block's sum.
+    """
+
+    def __init__(self, accumulation: Accumulation, elements: Mapping[BlockId, int]) -> None:
+        """`elements`: the blocks in which the layer has parameters, with their lengths."""
+        self._accumulation = accumulation
+        self._sums = {block: accumulation.zeros(count) for block, count in elements.items()}
+        self._coverage = Coverage(0)
+        self._revoked = False
+        self._torn = False
+
+    @property
+    def coverage(self) -> Coverage:
+        """The ledger: micro-batches whose contributions are in the sums."""
+        return self._coverage
+
+    def revoke(self) -> None:
+        """Refuse everything from now on: the assignment was superseded. What is in stays, and can be read."""
+        self._revoked = True
+
+    def add_if(self, tag: Tag, contribution: Mapping[BlockId, Tensor]) -> bool:
+        """Add the contribution and enter it in the ledger, or do neither and return False.
+
+        Refused: an invalid tag, a revoked accumulator, a micro-batch that is in the ledger already. Should adding be
+        interrupted (out of memory, a signal handler that raises), the sums can no longer be read: InvariantError.
+        """
+        if not tag.valid or self._revoked or self._coverage >> tag.micro_batch & 1:
+            return False
+        self._check(contribution)
+        self._torn = True
+        for block, total in self._sums.items():
+            self._accumulation.add(total, contribution[block].to("cpu"))
+        self._coverage = Coverage(self._coverage | 1 << tag.micro_batch)
+        self._torn = False
+        return True
+
+    def partial(self, shard: Shard) -> Tensor:
+        """The part of the sums that belongs to `shard`: a view that later additions change."""
+        if self._torn:
+            raise InvariantError("an accumulator is read after an addition to it was interrupted")
+        return self._sums[shard.block][shard.start : shard.stop]
+
+    def _check(self, contribution: Mapping[BlockId, Tensor]) -> None:
+        if self._torn:
+            raise InvariantError("an accumulator is written after an addition to it was interrupted")
+        found = {block: tensor.numel() for block, tensor in contribution.items()}
+        expected = {block: total.numel() for block, total in self._sums.items()}
+        if found != expected:
+            raise InvariantError(f"a contribution has {found} elements by block, its accumulator {expected}")
+
+
+def layer_accumulator(accumulation: Accumulation, contribution: Mapping[BlockId, Tensor]) -> LayerAccumulator:
+    """An empty accumulator for contributions that look like this one."""
+    return LayerAccumulator(accumulation, {block: tensor.numel() for block, tensor in contribution.items()})
