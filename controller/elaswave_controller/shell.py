@@ -217,6 +217,7 @@ class Shell:
             unbuffered=options.unbuffered,
             log_cap_bytes=options.log_cap_bytes,
             want_digest=options.config.want_report,
+            resume_from=self._restart.resume_from,
             link_transport=options.link_transport,
             link_host=options.link_host or self.agents.host_of(effect.node),
         )

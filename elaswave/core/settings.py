@@ -32,6 +32,9 @@ class WorkerSettings:
     log_cap_bytes: int = 0
     """Limit of the boundary log in bytes; 0: no limit. What does not fit is made again when it is needed."""
 
+    resume_from: str = ""
+    """Folder of the durable checkpoint to start from; empty: a fresh start."""
+
     want_digest: bool = False
     """Report the digest over all parameters after the last step; costs a pass over them."""
 

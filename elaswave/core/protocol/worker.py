@@ -20,6 +20,7 @@ from elaswave.core.facts import (
 from elaswave.core.ids import ShardId, Step, WorkerId
 from elaswave.core.plan import Plan
 from elaswave.core.protocol.adoption import AdoptionProtocol
+from elaswave.core.protocol.compute import maker_of
 from elaswave.core.protocol.effects import Effect, HostLayers, Payload
 from elaswave.core.protocol.state import JobFacts
 from elaswave.errors import InvariantError
@@ -85,6 +86,31 @@ class StepProtocol(AdoptionProtocol):
                 self.receive_state(source, fact, payload)
             case _:
                 raise InvariantError(f"no rule for a fact of type {type(fact).__name__}")
+
+    def resync(self, peer: WorkerId) -> None:
+        """A link with a live peer broke and may have lost frames: tell it again all that it may need from here.
+
+        All of these are facts, so telling them twice changes nothing.
+        """
+        self.tell_decided((peer,))
+        self.tell_have((peer,))
+        for key, edge in self.log.items():
+            if maker_of(self.plan.route(key.step, key.micro_batch), key) == peer:
+                self._send_edge(key, edge)
+        for sent in [sent for sent, (owner, _) in self.sent_partials.items() if owner == peer]:
+            del self.sent_partials[sent]
+        for index, group in enumerate(self.plan.groups):
+            shard = ShardId(index)
+            if peer in group.everyone and group.owner == self.me:
+                self.send_reduced(self.step, shard, (peer,))
+            if shard in self.copies and group.owner == self.me and peer in self.hosts(shard):
+                self.publish(shard, (peer,))
+        self.asked = {shard: asking for shard, asking in self.asked.items() if self.plan.groups[shard].owner != peer}
+        for shard in list(self.copies):
+            if self.copies[shard] < self.step:
+                self.ask_for_state(shard)
+        self.ask_for_parameters()
+        self.settle()
 
     # ------------------------------------------------------------------ reports
 

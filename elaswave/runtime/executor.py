@@ -1,0 +1,295 @@
+"""Runs a worker's program in order, takes plans at any instruction, and does repair work before it waits."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from elaswave.core.events import RepairHop, WorkDone
+from elaswave.core.facts import LossScalars
+from elaswave.core.ids import Epoch, Layer, MicroBatch, Step, WorkerId
+from elaswave.core.plan import Hop, Plan, RouteTable
+from elaswave.core.protocol.state import EdgeKey, SumKey
+from elaswave.core.schedule import Instruction, Kind, Program, make_schedule
+from elaswave.progress import ProgressWriter
+from elaswave.runtime.device import Device
+from elaswave.runtime.faults import FaultInjector
+from elaswave.runtime.hops import HopKey, HopRunner
+from elaswave.runtime.shell import ProtocolShell
+
+
+@dataclass(slots=True, kw_only=True)
+class RepairWork:
+    """Hops that one plan moved here in the step under way."""
+
+    epoch: Epoch
+    step: Step
+    hops: list[tuple[MicroBatch, Hop]]
+    done: list[RepairHop] = field(default_factory=list)
+    bytes: int = 0
+    first_start: float = 0.0
+    last_end: float = 0.0
+
+
+class Executor:
+    """One worker's compute loop. `turn` does one thing; the session decides when to wait."""
+
+    def __init__(
+        self,
+        shell: ProtocolShell,
+        runner: HopRunner,
+        device: Device,
+        *,
+        progress: ProgressWriter,
+        faults: FaultInjector,
+        report_work: Callable[[WorkDone], None],
+        grant: Callable[[WorkerId, EdgeKey], None] | None = None,
+    ) -> None:
+        """`grant` asks the peer of an unbuffered transport for a value; None: links buffer."""
+        self._shell = shell
+        self._protocol = shell.protocol
+        self._runner = runner
+        self._device = device
+        self._progress = progress
+        self._faults = faults
+        self._report_work = report_work
+        self._grant = grant
+        self._table: RouteTable | None = None
+        self._program_of_table: Program = ()
+        self._losses: dict[tuple[Step, MicroBatch], LossScalars] = {}
+        self._program: Program = ()
+        self._position = 0
+        self._step = Step(-1)
+        self._mine: frozenset[tuple[MicroBatch, Hop]] = frozenset()
+        self._repairs: list[RepairWork] = []
+        self._extra: list[tuple[MicroBatch, Hop]] = []
+        self.granted: set[EdgeKey] = set()
+        self._asked: set[EdgeKey] = set()
+
+    # ------------------------------------------------------------------ plans and steps
+
+    def follow(self) -> None:
+        """Begin the step that is under way now, or take the plan's changes into the program.
+
+        Called after every adoption, before its effects are performed, so that what a plan takes out of the total order
+        of an unbuffered transport is not held back.
+        """
+        plan = self._protocol.plan
+        if self._protocol.step != self._step:
+            self._close_repairs()
+            self._begin_step(plan)
+        mine = frozenset(self._protocol.my_hops()) if self._step < self._protocol.job.steps else frozenset()
+        if mine == self._mine:
+            return
+        moved = sorted(mine - self._mine, key=_order)
+        self._mine = mine
+        self._extra = [found for found in self._extra if found in mine] + moved
+        if moved:
+            self._repairs.append(RepairWork(epoch=plan.epoch, step=self._step, hops=moved))
+        if self._grant is not None:
+            self._leave_order(plan)
+
+    def _begin_step(self, plan: Plan) -> None:
+        self._step = self._protocol.step
+        self._position = 0
+        self._extra = []
+        self._asked.clear()
+        self.granted = {key for key in self.granted if key.step >= self._step}
+        if self._step >= self._protocol.job.steps:
+            self._program, self._mine = (), frozenset()
+            return
+        table = plan.table(self._step)
+        if table is not self._table:
+            self._table = table
+            self._program_of_table = make_schedule(table.routes).programs.get(self._protocol.me, ())
+        self._program = self._program_of_table
+        self._mine = frozenset(self._protocol.my_hops())
+        if self._grant is not None:
+            self._shell.ordered.edges = {self._edge(found) for found in self._program if found.kind is Kind.SEND}
+
+    def _leave_order(self, plan: Plan) -> None:
+        """Edges of changed hops leave the total order: from now on they travel as soon as they are made."""
+        routes = plan.table(self._step).routes
+        kept: set[EdgeKey] = set()
+        for found in self._program[self._position :]:
+            if found.kind is Kind.SEND and found.hop in routes[found.micro_batch] and self._peer_unchanged(found, plan):
+                kept.add(self._edge(found))
+        self._shell.ordered.edges &= kept
+        for key in [key for key in self._shell.ordered.ready if key not in kept]:
+            # The protocol has sent it again from its log if somebody still needs it.
+            del self._shell.ordered.ready[key]
+
+    def _peer_unchanged(self, found: Instruction, plan: Plan) -> bool:
+        """The other end of a program edge is still run by the same worker under the same assignment."""
+        table = self._table
+        if table is None:
+            return False
+        before, after = table.routes[found.micro_batch], plan.table(self._step).routes[found.micro_batch]
+        place = before.index(found.hop) + (-1 if (found.kind is Kind.SEND) == found.backward else 1)
+        return before[place] in after
+
+    # ------------------------------------------------------------------ one turn
+
+    def turn(self) -> bool:
+        """Run one instruction, repair work first; False where everything waits for others."""
+        if self._protocol.step != self._step:
+            self.follow()
+        return self._run_extra() or self._run_program()
+
+    def _run_extra(self) -> bool:
+        for found in self._extra:
+            micro_batch, hop = found
+            if self._protocol.can_backward(micro_batch, hop):
+                self._backward(micro_batch, hop, recovery=True)
+                self._extra.remove(found)
+                return True
+        for micro_batch, hop in self._extra:
+            if self._protocol.can_forward(micro_batch, hop):
+                self._forward(micro_batch, hop, recovery=True)
+                return True
+        return False
+
+    def _run_program(self) -> bool:
+        while self._position < len(self._program):
+            instruction = self._program[self._position]
+            if (instruction.micro_batch, instruction.hop) not in self._mine:
+                self._position += 1
+                continue
+            done = self._try(instruction)
+            if done is None:
+                return False
+            self._position += 1
+            if done:
+                return True
+        return False
+
+    def _try(self, instruction: Instruction) -> bool | None:
+        """True: run. False: nothing to do. None: it has to wait."""
+        micro_batch, hop = instruction.micro_batch, instruction.hop
+        match instruction.kind:
+            case Kind.FORWARD:
+                if not self._protocol.can_forward(micro_batch, hop):
+                    return None
+                self._forward(micro_batch, hop)
+                return True
+            case Kind.BACKWARD:
+                if not self._protocol.can_backward(micro_batch, hop):
+                    return None
+                self._backward(micro_batch, hop)
+                return True
+            case Kind.SEND:
+                return self._send_in_order(instruction)
+            case Kind.RECEIVE:
+                return self._receive_in_order(instruction)
+
+    # ------------------------------------------------------------------ unbuffered transport
+
+    def _send_in_order(self, instruction: Instruction) -> bool | None:
+        key = self._edge(instruction)
+        if self._grant is None or key not in self._shell.ordered.edges:
+            return False
+        if key not in self.granted:
+            return None
+        effect = self._shell.ordered.ready.pop(key)
+        self._shell.ordered.edges.discard(key)
+        payload = effect.payload
+        self._shell.send_fact(effect.to, effect.fact, payload if isinstance(payload, Tensor) else None)
+        return True
+
+    def _receive_in_order(self, instruction: Instruction) -> bool | None:
+        if self._grant is None or instruction.peer is None:
+            return False
+        key = self._edge(instruction)
+        here = self._protocol.input_of(key.micro_batch, key.cut, backward=key.backward) is not None
+        if here or not self._peer_unchanged(instruction, self._protocol.plan):
+            return False
+        if key not in self._asked:
+            self._asked.add(key)
+            self._grant(instruction.peer, key)
+        return None
+
+    def _edge(self, instruction: Instruction) -> EdgeKey:
+        return EdgeKey(self._step, instruction.micro_batch, instruction.cut, instruction.backward)
+
+    # ------------------------------------------------------------------ hops
+
+    def _forward(self, micro_batch: MicroBatch, hop: Hop, *, recovery: bool = False) -> None:
+        started = self._start_hop(micro_batch, backward=False, recovery=recovery)
+        edge = self._protocol.input_of(micro_batch, hop.first, backward=False) if hop.first else None
+        value = edge.payload if edge is not None else None
+        upstream = edge.non_finite if edge is not None else None
+        result = self._runner.forward(
+            self._hop_key(micro_batch, hop), value if isinstance(value, Tensor) else None, upstream
+        )
+        output = None if result.output is None else self._device.to_host(result.output)
+        if result.loss is not None:
+            self._losses[(self._step, micro_batch)] = result.loss
+        self._protocol.forward_done(micro_batch, hop, output, result.non_finite)
+        self._end_hop(micro_batch, hop, started, backward=False, received=value)
+
+    def _backward(self, micro_batch: MicroBatch, hop: Hop, *, recovery: bool = False) -> None:
+        started = self._start_hop(micro_batch, backward=True, recovery=recovery)
+        is_last = hop.last == self._protocol.job.shape.layers
+        edge = None if is_last else self._protocol.input_of(micro_batch, hop.last, backward=True)
+        value = edge.payload if edge is not None else None
+        result = self._runner.backward(self._hop_key(micro_batch, hop), value if isinstance(value, Tensor) else None)
+        for contribution in result.contributions:
+            self._shell.accumulate(micro_batch, SumKey(self._step, contribution.layer, hop.epoch), contribution)
+        gradient = None if result.input_gradient is None else self._device.to_host(result.input_gradient)
+        loss = self._losses.pop((self._step, micro_batch)) if is_last else None
+        self._protocol.backward_done(micro_batch, hop, gradient, loss)
+        self._end_hop(micro_batch, hop, started, backward=True, received=value)
+
+    def _start_hop(self, micro_batch: MicroBatch, *, backward: bool, recovery: bool) -> float:
+        phase = "backward" if backward else "forward"
+        self._progress.begin(self._step, phase)
+        self._progress.hop(self._step, micro_batch, backward, done=False)
+        self._faults.at(self._step, phase, expected=len(self._mine), recovery=recovery)
+        return time.monotonic()
+
+    def _end_hop(self, micro_batch: MicroBatch, hop: Hop, started: float, *, backward: bool, received: object) -> None:
+        self._faults.stretch(started)
+        self._progress.hop(self._step, micro_batch, backward, done=True)
+        for work in self._repairs:
+            if (micro_batch, hop) in work.hops:
+                work.done.append(RepairHop(micro_batch=micro_batch, first_layer=hop.first, backward=backward))
+                work.bytes += received.nbytes if isinstance(received, Tensor) else 0
+                work.first_start = work.first_start or started
+                work.last_end = time.monotonic()
+        step = self._step
+        self._shell.perform()
+        if self._protocol.step == step:
+            self._report_finished_repairs()
+
+    def _report_finished_repairs(self) -> None:
+        for work in list(self._repairs):
+            if all(self._protocol.contributed(micro_batch, hop) for micro_batch, hop in work.hops):
+                self._report(work)
+
+    def _close_repairs(self) -> None:
+        """The step is decided: what was not run was not needed."""
+        for work in list(self._repairs):
+            self._report(work)
+        self._losses = {}
+
+    def _report(self, work: RepairWork) -> None:
+        self._repairs.remove(work)
+        self._report_work(
+            WorkDone(
+                worker=self._protocol.me,
+                epoch=work.epoch,
+                step=work.step,
+                hops=tuple(work.done),
+                bytes=work.bytes,
+                first_start=work.first_start,
+                last_end=work.last_end,
+            )
+        )
+
+    def _hop_key(self, micro_batch: MicroBatch, hop: Hop) -> HopKey:
+        return HopKey(step=self._step, micro_batch=micro_batch, first=hop.first, last=hop.last)
+
+
+def _order(found: tuple[MicroBatch, Hop]) -> tuple[MicroBatch, Layer]:
+    return found[0], found[1].first
