@@ -37,6 +37,19 @@ def build_layer(job: Job, layer: Layer) -> nn.Module:
         torch.default_generator.set_state(before)
 
 
+def outline_layer(job: Job, layer: Layer) -> nn.Module:
+    """The layer, right in all but the values of its tensors; factories are called on the meta device."""
+    source = job.layers[layer]
+    if isinstance(source, nn.Module):
+        return source
+    try:
+        with torch.device("meta"):
+            return _require_module(layer, source())
+    except (RuntimeError, NotImplementedError):
+        # Meta tensors have no values to read; what is wrong with the factory itself shows when it runs for real.
+        return build_layer(job, layer)
+
+
 def describe_parameters(job: Job) -> tuple[LayerParameters, ...]:
     """Trainable parameters of all layers, in the order of named_parameters, with tie groups numbered from 1.
 
@@ -66,19 +79,7 @@ def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _outlines(job: Job) -> list[nn.Module]:
     """One module per layer, right in all but the values of its tensors."""
-    return [_outline(job, Layer(index)) for index in range(len(job.layers))]
-
-
-def _outline(job: Job, layer: Layer) -> nn.Module:
-    source = job.layers[layer]
-    if isinstance(source, nn.Module):
-        return source
-    try:
-        with torch.device("meta"):
-            return _require_module(layer, source())
-    except (RuntimeError, NotImplementedError):
-        # Meta tensors have no values to read; what is wrong with the factory itself shows when it runs for real.
-        return build_layer(job, layer)
+    return [outline_layer(job, Layer(index)) for index in range(len(job.layers))]
 
 
 def _call(layer: Layer, factory: Callable[[], nn.Module]) -> nn.Module:

@@ -51,6 +51,11 @@ class HostedModel:
         """Hosted layers, ascending."""
         return tuple(sorted(self._layers))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of parameters, contributions and activations."""
+        return self._dtype
+
     def host(self, layers: Iterable[Layer]) -> None:
         """Host exactly these layers: build what is missing, with initial values, and free what is not named.
 
