@@ -16,7 +16,9 @@ class Signals:
     def install(self) -> None:
         """From now on the signals are noted here and do nothing else. Call it in the main thread."""
         for number in self._numbers:
-            signal.signal(number, self._note)
+            # nohup ignores SIGHUP for us, and means it.
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def notify(self, listener: Callable[[], object]) -> None:
         """Call `listener` in the main thread for each signal, at once for those that have come."""
