@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import os
 import socket
+import stat
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -151,6 +152,8 @@ def _bind_unix(listener: socket.socket, address: UnixAddress) -> None:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
+    if not stat.S_ISSOCK(os.stat(address.path).st_mode):
+        raise OSError(errno.EEXIST, "a file of another kind is there")
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as probe:
         if probe.connect_ex(address.path) != errno.ECONNREFUSED:
             raise OSError(errno.EADDRINUSE, "somebody listens there already")

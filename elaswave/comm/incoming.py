@@ -55,16 +55,16 @@ class Incoming:
 
     def on_event(self, events: int) -> None:
         """Deliver what is here, a share of it if it is much."""
-        ending = self._read(READS_PER_TURN)
+        ending = self._read(READS_PER_TURN, to_the_end=False)
         if ending is not None:
             self._owner.incoming_ended(self, ending)
 
     def drain(self) -> bool:
         """Deliver what is here still; whether the peer has said good-bye."""
-        self._read(READS_AT_END)
+        self._read(READS_AT_END, to_the_end=True)
         return self._reader.goodbye
 
-    def _read(self, reads: int) -> Ending | None:
+    def _read(self, reads: int, *, to_the_end: bool) -> Ending | None:
         reader = self._reader
         try:
             for _ in range(reads):
@@ -73,8 +73,8 @@ class Incoming:
                 if not count:
                     return self._hung_up()
                 reader.advance(count)
-                if count < len(buffer):
-                    return None  # all that there was; if not, the loop tells again
+                if count < len(buffer) and not to_the_end:
+                    return None  # most likely all that there was; if not, the loop tells again
         except BlockingIOError:
             return None
         except OSError as error:

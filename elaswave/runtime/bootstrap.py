@@ -8,14 +8,21 @@ the kernel. It ignores SIGINT, because only the launcher decides how a job ends 
 """
 
 import argparse
+import atexit
 import faulthandler
+import gc
+import io
 import os
 import runpy
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from elaswave.core.events import WorkerFailed
 from elaswave.core.ids import WorkerId
@@ -45,24 +52,48 @@ def take_over(request: StartRequest) -> None:
     _set_torch_threads(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
-def run_worker(program: Program) -> int:
-    """Run the script to its end and return the exit code; a failure is told to the agent, once, and on stderr."""
+def run_worker(program: Program) -> NoReturn:
+    """Run the script, then end the process; a failure is told to the agent, once, and on stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     # Lines of a worker that is killed must not be lost in a buffer.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
+    # What the script leaves is held to the end: a file in a cycle that is collected loses what it has not written yet.
+    held: object
     try:
-        _run_as_main(program)
+        held = _run_as_main(program)
+        code = 0
     except SystemExit as stop:
-        return _end_by_exit(stop)
+        held = stop
+        code = _end_by_exit(stop)
     except BaseException as error:  # outermost frame of the process: reports whatever the script raised
+        held = error
         text = "".join(traceback.format_exception(type(error), error, _of_script(error.__traceback__)))
         sys.stderr.write(text)
         tell_failure(_kind(error), _summary(error), text)
-        return 1
-    return 0
+        code = 1
+    end_process(code, held)
+
+
+def end_process(code: int, _held: object = None) -> NoReturn:
+    """What the interpreter does at its end, less the taking apart of all modules.
+
+    That takes 0.3 s of a processor with torch (measured) and would copy the pages that a fork shares.
+    """
+    threading._shutdown()  # type: ignore[attr-defined] # as multiprocessing does; also ends idle executor threads
+    atexit._run_exitfuncs()
+    # Files left open are flushed, text before the bytes that it becomes.
+    for kind in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
+        for found in gc.get_objects():
+            if issubclass(type(found), kind):
+                with suppress(OSError, ValueError):  # closed, or its disk is full: as at any interpreter's end
+                    found.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def tell_failure(kind: str, message: str, trace: str) -> None:
@@ -78,14 +109,14 @@ def tell_failure(kind: str, message: str, trace: str) -> None:
         sys.stderr.write(f"elaswave: worker {worker} could not report its failure to the agent at {path}: {error}\n")
 
 
-def _run_as_main(program: Program) -> None:
+def _run_as_main(program: Program) -> Mapping[str, object]:
+    """Run as `__main__`; returns the script's globals."""
     sys.argv = [program.target, *program.arguments]
     if program.is_module:
         _set_first_path(os.getcwd())
-        runpy.run_module(program.target, run_name="__main__", alter_sys=True)
-    else:
-        _set_first_path(str(Path(program.target).resolve().parent))
-        runpy.run_path(program.target, run_name="__main__")
+        return runpy.run_module(program.target, run_name="__main__", alter_sys=True)
+    _set_first_path(str(Path(program.target).resolve().parent))
+    return runpy.run_path(program.target, run_name="__main__")
 
 
 def _set_first_path(folder: str) -> None:
@@ -160,7 +191,7 @@ def _set_torch_threads(setting: str) -> None:
     sys.modules["torch"].set_num_threads(int(first))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry of the spawn start; environment, working directory and output are set by whoever spawned."""
     given = sys.argv[1:] if arguments is None else arguments
     place = given.index("--")
@@ -170,8 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--module", action="store_true")
     options = parser.parse_args(given[:place])
     end_with_parent(options.parent_pid)
-    return run_worker(Program(target=target, arguments=tuple(rest), is_module=options.module))
+    run_worker(Program(target=target, arguments=tuple(rest), is_module=options.module))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

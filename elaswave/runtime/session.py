@@ -12,10 +12,10 @@ from torch import Tensor
 
 from elaswave.comm.inbox import ConnectionRefused, Inbox, LinkItem, LinksFailed, PeerClosed, Received
 from elaswave.comm.links import Links
-from elaswave.core.events import LinkBroken, StepReported, StepResult, StopRequested, UserLine, WorkerReady
+from elaswave.core.events import FinalDigest, LinkBroken, StepReported, StepResult, StopRequested, UserLine, WorkerReady
 from elaswave.core.exact import exact_to_float
 from elaswave.core.facts import Decision
-from elaswave.core.ids import Step, WorkerId
+from elaswave.core.ids import Layer, Step, WorkerId
 from elaswave.core.injection import Injection
 from elaswave.core.parameters import block_layout
 from elaswave.core.plan import Plan
@@ -23,16 +23,17 @@ from elaswave.core.protocol.state import EdgeKey, JobFacts
 from elaswave.core.protocol.worker import StepProtocol
 from elaswave.core.settings import WorkerSettings
 from elaswave.core.shape import ModelShape
-from elaswave.errors import ConfigError, DeadlineExceeded, JobError
+from elaswave.errors import DeadlineExceeded, JobError
 from elaswave.job import Job
 from elaswave.runtime.accumulation import accumulation_of
 from elaswave.runtime.agent_link import AgentLink, Delivery
-from elaswave.runtime.codec import FrameKind, Reader, Writer, decode_fact, tensor_of
+from elaswave.runtime.codec import FrameKind, Reader, Writer, bytes_of_tensor, decode_fact, tensor_of
 from elaswave.runtime.data import MicroBatchLoader
 from elaswave.runtime.description import describe_job
 from elaswave.runtime.device import CpuDevice, Device, configure_numerics
 from elaswave.runtime.executor import Executor
 from elaswave.runtime.faults import FaultInjector
+from elaswave.runtime.gather import FinalGather
 from elaswave.runtime.hops import HopRunner
 from elaswave.runtime.model import HostedModel
 from elaswave.runtime.optimizer import Update, gradient_norm
@@ -62,6 +63,7 @@ class Session:
         self._left = False
         self._resync: dict[WorkerId, float] = {}
         self._reported_ready = False
+        self._reported_finished = False
         self._report_wanted = False
 
     def _deliver(self, item: Delivery) -> None:
@@ -161,6 +163,7 @@ class Session:
             report_work=self._agent.send,
             grant=self._grant if settings.unbuffered else None,
         )
+        self._gather = FinalGather(self._protocol, self._model, start.layout, self._ask_layer, self._send_layer)
         self._links.set_addresses(_addresses(plan, self._me))
         self._shell.perform()
         if fresh:
@@ -188,6 +191,7 @@ class Session:
                 self._send_report()
             if self._left or self._executor.turn():
                 continue
+            self._finish_up()
             if self._report_wanted:
                 continue
             self._agent.progress.alive()
@@ -230,6 +234,13 @@ class Session:
 
     def _handle_frame(self, frame: Received) -> None:
         reader = Reader(frame.meta)
+        if frame.kind in (FrameKind.LAYER_REQUEST, FrameKind.LAYER):
+            layer = Layer(reader.number())
+            if frame.kind == FrameKind.LAYER:
+                self._gather.received(layer, _as_tensor(frame.payload))
+            else:
+                self._gather.requested(frame.peer, layer)
+            return
         if frame.kind == FrameKind.GRANT:
             step, micro_batch, cut, backward = reader.numbers(4)
             self._executor.granted.add(EdgeKey(Step(step), micro_batch, cut, bool(backward)))  # type: ignore[arg-type]
@@ -248,6 +259,7 @@ class Session:
         self._report_wanted = False
         report = self._protocol.report()
         self._reported_ready = report.hosted_ready
+        self._reported_finished = report.finished
         self._agent.send(report)
 
     # ------------------------------------------------------------------ what happens in a step
@@ -277,6 +289,23 @@ class Session:
             or bool(plan.queries)
             or any(self._me in group.joining or self._me in group.catch_up for group in plan.groups)
         )
+
+    def _finish_up(self) -> None:
+        """After the last step: say so once everything is here, and help with the digest, if one is wanted."""
+        if self._protocol.step < self._job.steps:
+            return
+        if not self._reported_finished and self._protocol.finished():
+            self._report_wanted = True
+        if self._settings is not None and self._settings.want_digest:
+            digest = self._gather.turn(self._protocol.plan)
+            if digest is not None:
+                self._agent.send(FinalDigest(worker=self._me, parameters=digest))
+
+    def _ask_layer(self, host: WorkerId, layer: Layer) -> None:
+        self._links.send(host, FrameKind.LAYER_REQUEST, Writer().numbers(layer).finish())
+
+    def _send_layer(self, to: WorkerId, layer: Layer, data: Tensor) -> None:
+        self._links.send(to, FrameKind.LAYER, Writer().numbers(layer).finish(), bytes_of_tensor(data))
 
     # ------------------------------------------------------------------ peers
 
@@ -314,10 +343,3 @@ def worker_of_environment(environment: Mapping[str, str] = os.environ) -> tuple[
         return None
     return socket, WorkerId(int(worker))
 
-
-def train(job: Job) -> None:
-    """Train `job` as one worker of a launched job. Raises JobError, ConfigError."""
-    found = worker_of_environment()
-    if found is None:
-        raise ConfigError("not started by elaswave-launch: run `elaswave-launch --standalone SCRIPT`")
-    Session(job, *found).run()

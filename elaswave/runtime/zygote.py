@@ -267,7 +267,7 @@ def listen(path: str) -> socket.socket:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until ended. In a forked child: run the worker and return its exit code."""
+    """Serve until ended; returns the exit code. A forked child becomes a worker in here and does not return."""
     parser = argparse.ArgumentParser(prog="python -m elaswave.runtime.zygote")
     parser.add_argument("--socket", required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
@@ -287,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if os.getpid() == serving:
             os.unlink(options.socket)
-    return EXIT_UNAVAILABLE if request is None else _become_worker(request)
+    if request is not None:
+        _become_worker(request)
+    return EXIT_UNAVAILABLE
 
 
 def _serve(zygote: Zygote) -> StartRequest | None:
@@ -306,14 +308,14 @@ def _serve(zygote: Zygote) -> StartRequest | None:
     return zygote.serve()
 
 
-def _become_worker(request: StartRequest) -> int:
+def _become_worker(request: StartRequest) -> NoReturn:
     try:
         bootstrap.take_over(request)
     except (OSError, ConfigError) as error:
         bootstrap.tell_failure("config", f"worker {request.worker} cannot start: {error}", "")
         sys.stderr.write(f"elaswave: worker {request.worker} cannot start: {error}\n")
-        return 1
-    return bootstrap.run_worker(request.program)
+        bootstrap.end_process(1)
+    bootstrap.run_worker(request.program)
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:

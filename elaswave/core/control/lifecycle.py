@@ -98,13 +98,15 @@ class LifecycleControl(AdvanceControl):
             return
         layout = Layout(dp=self.config.dp, pp=self.config.pp, tp=self.config.tp)
         chosen = sorted(alive, key=lambda record: record.worker)[: layout.workers]
+        # A single worker has nobody to hold replicas; any other impossible number is refused by the placement.
+        replicas = self.config.replicas if layout.workers > 1 else 0
         shape = make_shape(len(self.job.layers), block_layout(self.job.layers).blocks, layout)
         plan = initial_plan(
             shape=shape,
             layout=layout,
             members=[record.member() for record in chosen],
             micro_batches=self.job.micro_batches,
-            replicas=self.config.replicas,
+            replicas=replicas,
             step=self.job.start_step,
         )
         self.context = PlanningContext(
