@@ -96,10 +96,9 @@ class Connection:
         try:
             self._take(data)
         except ProtocolError as error:
-            worker = self.worker
+            if self.worker is not None:
+                self._owner.broke_protocol(self.worker, error)
             self.close()
-            if worker is not None:
-                self._owner.broke_protocol(worker, error)
             return False
         return True
 

@@ -176,7 +176,8 @@ class ForkStarter:
         except TimeoutError as error:
             raise StartFailed(f"the zygote did not start worker {request.worker} in {FORK_LIMIT_S} s") from error
         except ConnectionError as error:
-            raise StarterUnavailable(f"the zygote at {self._path} is gone: {error}") from error
+            self._receive(zygote)  # it may have said why before it ended
+            raise StarterUnavailable(self._gone or f"the zygote at {self._path} is gone: {error}") from error
         finally:
             self._starting.pop(request.worker, None)
 

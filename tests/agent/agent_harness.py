@@ -68,6 +68,7 @@ class Controller(control_pb2_grpc.AgentServiceServicer):
         self.streams: list[Attached] = []
         self._changed = asyncio.Condition()
         self.address = ""
+        self.server = aio.server()
 
     async def Attach(self, request_iterator: object, context: aio.ServicerContext) -> None:
         if dict(context.invocation_metadata()).get("elaswave-token") != TOKEN:
@@ -156,7 +157,7 @@ class Controller(control_pb2_grpc.AgentServiceServicer):
 @asynccontextmanager
 async def running_controller(port: int = 0) -> AsyncIterator[Controller]:
     controller = Controller()
-    server = aio.server()
+    server = controller.server
     control_pb2_grpc.add_AgentServiceServicer_to_server(controller, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     controller.address = f"127.0.0.1:{bound}"

@@ -3,9 +3,12 @@
 import asyncio
 import os
 import signal
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from agent_harness import WORKER, Attached, Controller, Site, python_environment, running_controller, watching
 
@@ -22,6 +25,7 @@ from elaswave.core.events import (
 from elaswave.core.ids import NodeId, Step, WorkerId
 from elaswave.core.injection import Injection
 from elaswave.core.settings import WorkerSettings
+from elaswave.handshake import Role, encode_hello
 
 
 def run_script(
@@ -125,6 +129,16 @@ def test_output_is_appended_and_complete(site: Site) -> None:
     run_script(site, str(WORKER), "print")
     assert site.output(2) == "to stdout\n" * 2
     assert site.output(2, "err") == "to stderr\n" * 2
+
+
+def test_end_of_a_script_is_that_of_an_interpreter(site: Site) -> None:
+    controller, _ = run_script(site, str(WORKER), "leave-open", str(site.folder / "file"))
+    assert (site.folder / "file").read_text() == "flushed\n"
+    output = site.output(2)
+    assert output.endswith("exit function\n")
+    assert "thread" in output
+    assert "no newline" in output
+    assert controller.all(WorkerExited)[0].exit_code == 0
 
 
 def test_script_sees_what_it_would_see_without_us(site: Site) -> None:
@@ -293,6 +307,75 @@ def test_idle_worker_is_not_watched_for_progress(site: Site) -> None:
                 pid = (await controller.one(WorkerStarted, 0)).pid
                 os.kill(pid, signal.SIGSTOP)
                 assert (await controller.one(WorkerSuspected, 0)).cause == "stopped"
+
+    asyncio.run(scenario())
+
+
+def test_hang_is_suspected_and_a_long_operation_is_not(site: Site) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address, str(WORKER), "hang"):
+                stream = await controller.attached()
+                for worker in (1, 0):
+                    controller.start_worker(stream, worker)
+                suspected = await controller.one(WorkerSuspected, 0, limit_s=8.0)
+                assert suspected.cause == "no-progress"
+                assert 5.0 <= suspected.noticed_at - suspected.last_alive_at < 6.0
+                assert (suspected.progress.step, suspected.progress.phase) == (3, "backward")
+                assert not controller.all(WorkerSuspected, 1)
+
+    asyncio.run(scenario())
+
+
+def test_worker_that_never_reads_is_killed_before_it_fills_the_agents_memory(site: Site) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address) as agent:
+                stream = await controller.attached()
+                pid = await _serving(controller, stream, 0)
+                os.kill(pid, signal.SIGSTOP)
+                bulk = WorkerSettings(worker=WorkerId(0), node=NodeId("n0"), token="t", run_dir="x" * 60_000)
+                for _ in range(1200):
+                    controller.tell(stream, 0, bulk)
+                assert (await controller.one(WorkerExited, 0)).signal == signal.SIGKILL
+                assert "bytes of messages unread" in agent.log.read_text()
+
+    asyncio.run(scenario())
+
+
+def test_process_that_the_agent_did_not_start_is_refused(site: Site) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address):
+                stream = await controller.attached()
+                await _serving(controller, stream, 0)
+                for hello in (encode_hello(Role.LINK, WorkerId(0)), encode_hello(Role.REPORT, WorkerId(9)), b"x" * 99):
+                    with socket.socket(socket.AF_UNIX) as stranger:
+                        stranger.settimeout(5.0)
+                        stranger.connect(str(site.folder / "n0.agent"))
+                        stranger.sendall(hello)
+                        with suppress(ConnectionResetError):
+                            assert await asyncio.to_thread(stranger.recv, 1) == b""
+                controller.tell(stream, 0, StopRequested(reason="the true one goes on"))
+                assert (await controller.one(WorkerExited, 0)).exit_code == 0
+
+    asyncio.run(scenario())
+
+
+def test_starts_leave_no_descriptor_behind(site: Site) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address, str(WORKER), "last-words", "1") as agent:
+                stream = await controller.attached()
+                watched = psutil.Process(agent.pid)
+
+                async def run(worker: int) -> int:
+                    controller.start_worker(stream, worker)
+                    await controller.one(WorkerExited, worker)
+                    return watched.num_fds()
+
+                before = await run(0)
+                assert [await run(worker) for worker in range(1, 9)][-1] == before
 
     asyncio.run(scenario())
 

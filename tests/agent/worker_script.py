@@ -1,9 +1,12 @@
 """A worker without torch, for tests of the agent: what it does is its first argument."""
 
+import atexit
 import os
 import queue
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TextIO
 
 from elaswave.core.events import JobDescription, StopRequested, UserLine, WorkerReady
 from elaswave.core.ids import Step, WorkerId
@@ -12,6 +15,7 @@ from elaswave.runtime.agent_link import AgentLink, Delivery
 
 WORKER = WorkerId(int(os.environ["ELASWAVE_WORKER"]))
 ALIVE_PERIOD_S = 0.05
+LEFT_OPEN: list[TextIO] = []
 
 
 def main() -> None:
@@ -42,9 +46,17 @@ def main() -> None:
             serve(stepping=False)
         case "wait":
             threading.Event().wait()
+        case "leave-open":
+            leave_open(arguments[0])
         case "last-words":
             # Many messages right before the end: none may be lost.
             say([f"line {index}" for index in range(int(arguments[0]))])
+        case "hang":
+            # Worker 0 hangs; the others have announced that they will be silent.
+            link = open_link(queue.SimpleQueue())
+            link.progress.begin(Step(3), "backward")
+            with link.progress.long_operation(0.0 if WORKER == 0 else 1000.0):
+                threading.Event().wait()
         case "garbage":
             link = open_link(queue.SimpleQueue())
             link._socket.send(b"\x00\x00\x00\x03abc")  # type: ignore[union-attr]
@@ -64,6 +76,17 @@ def say(lines: list[str]) -> None:
     for line in lines:
         link.send(UserLine(worker=WORKER, text=line))
     link.close()
+
+
+def leave_open(path: str) -> None:
+    """Everything that the end of an interpreter has to put in order."""
+    LEFT_OPEN.append(open(path, "w"))  # noqa: SIM115
+    LEFT_OPEN[0].write("flushed\n")
+    atexit.register(lambda: print("exit function"))
+    pool = ThreadPoolExecutor()
+    pool.submit(lambda: None).result()
+    threading.Thread(target=lambda: print("thread"), daemon=False).start()
+    sys.stdout.write("no newline")
 
 
 def serve(stepping: bool) -> None:
