@@ -1,4 +1,4 @@
-"""What happens to a job, and what the controller wants done about it. Values only; times are CLOCK_MONOTONIC seconds."""
+"""What happens to a job, and what the controller wants done. Values only; times are CLOCK_MONOTONIC seconds."""
 
 from dataclasses import dataclass, field
 

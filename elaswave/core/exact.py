@@ -1,4 +1,4 @@
-"""Exact sums of floating-point numbers: integers in units of 2^-1074, so any order and grouping gives the same value."""
+"""Exact sums of floating-point numbers: integers in units of 2^-1074, so any order and grouping gives the same."""
 
 import math
 

@@ -60,5 +60,6 @@ def check_batch(*, micro_batches: int, layout: Layout) -> None:
     """Every pipeline needs a micro-batch. Raises ConfigError."""
     if micro_batches < layout.dp:
         raise ConfigError(
-            f"the global batch has {micro_batches} micro-batches for --dp {layout.dp}: every pipeline needs at least one"
+            f"the global batch has {micro_batches} micro-batches for --dp {layout.dp}: "
+            "every pipeline needs at least one"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from elaswave.core.ids import BlockId, Layer, ShardId
 from elaswave.errors import ConfigError
@@ -87,5 +88,5 @@ def _cut(index: BlockId, block: Block, parts: int) -> Iterator[Shard]:
     chunks = block.elements // CHUNK_ELEMENTS
     count = max(1, min(parts, chunks))
     edges = [chunks * part // count * CHUNK_ELEMENTS for part in range(count + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield Shard(block=index, start=start, stop=stop)

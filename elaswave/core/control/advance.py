@@ -1,4 +1,4 @@
-"""What follows from reports without any new failure: copies, joins, even routes, the end (protocol rules 5.3, 6, 7.4, 4.11)."""
+"""What follows from reports without a new failure: copies, joins, even routes, the end (rules 5.3, 6, 7.4, 4.11)."""
 
 from elaswave.core.control.state import END_LIMIT_S, ControllerState
 from elaswave.core.events import RestartAll

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict, Unpack
 
-from elaswave.core.ids import Epoch, Step, WorkerId
+from elaswave.core.ids import Epoch, Layer, ShardId, Step, WorkerId
 from elaswave.core.layout import Stage
-from elaswave.core.plan import Plan, RouteTable
+from elaswave.core.plan import Group, Member, Plan, RouteTable
 from elaswave.core.shape import ModelShape
 
 
@@ -36,7 +36,19 @@ class MemberReport:
 Reports = Mapping[WorkerId, MemberReport]
 
 
-def supersede(plan: Plan, reason: str, **changes: Any) -> Plan:  # noqa: ANN401 -- fields of Plan, checked by it
+class PlanChanges(TypedDict, total=False):
+    """Fields of Plan that the next plan may change."""
+
+    members: tuple[Member, ...]
+    hosting: Mapping[WorkerId, tuple[Layer, ...]]
+    tables: tuple[RouteTable, ...]
+    groups: tuple[Group, ...]
+    queries: Mapping[ShardId, Epoch]
+    gates: Mapping[ShardId, Epoch]
+    finished: bool
+
+
+def supersede(plan: Plan, reason: str, **changes: Unpack[PlanChanges]) -> Plan:
     """The plan of the next epoch with these fields changed."""
     return replace(plan, epoch=Epoch(plan.epoch + 1), reason=reason, **changes)
 

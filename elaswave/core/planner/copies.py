@@ -1,4 +1,4 @@
-"""Life of a copy: catch-up, joining, confirmed (protocol rule 6), and shards that lost every confirmed copy (rule 5.3)."""
+"""Life of a copy: catch-up, joining, confirmed (rule 6), and shards that lost every confirmed copy (rule 5.3)."""
 
 from dataclasses import dataclass, replace
 

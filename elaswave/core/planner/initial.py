@@ -19,7 +19,7 @@ def make_shape(layers: int, blocks: tuple[Block, ...], layout: Layout) -> ModelS
 def grid_of(layout: Layout, members: Sequence[Member]) -> tuple[tuple[WorkerId, ...], ...]:
     """Workers of each stage, pipeline by pipeline.
 
-    Consecutive workers form a pipeline, so that its boundaries stay on a node and replicas of a stage spread over nodes.
+    Consecutive workers form a pipeline: its boundaries stay on a node and replicas of a stage spread over nodes.
     """
     ids = [member.worker for member in sorted(members, key=lambda member: member.worker)]
     return tuple(tuple(ids[d * layout.pp + p] for d in range(layout.dp)) for p in range(layout.pp))

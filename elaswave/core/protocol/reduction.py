@@ -1,4 +1,4 @@
-"""Reduce and decide: partial sums to owners, reduced gradients to the group, "have" to all (rules 3.3, 3.7, 4.1 to 4.7)."""
+"""Reduce and decide: partial sums to owners, reduced gradients to the group, "have" to all (rules 3.3, 3.7, 4)."""
 
 from collections.abc import Mapping
 

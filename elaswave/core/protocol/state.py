@@ -79,6 +79,13 @@ class JobFacts:
         return Coverage((1 << self.micro_batches) - 1)
 
 
+_FLAT = (
+    "parameters", "early_parameters", "copies", "inputs", "log", "forwards", "coverage", "losses", "combining",
+    "reduced", "sent_partials", "sent_reduced", "decisions", "asked", "state_requests",
+)  # fmt: skip
+"""Dictionaries of immutable values."""
+
+
 class ProtocolState:
     """Mutable state of one worker. All containers hold immutable values, so `clone` copies one level only."""
 
@@ -151,19 +158,15 @@ class ProtocolState:
         """An independent copy."""
         other = object.__new__(type(self))
         for name, value in self.__dict__.items():
-            if name == "partials" or name == "have":
-                value = {key: dict(inner) for key, inner in value.items()}
-            elif isinstance(value, dict | list):
-                value = value.copy()
-            object.__setattr__(other, name, value)
+            setattr(other, name, value.copy() if isinstance(value, dict | list) else value)
+        other.partials = {key: dict(inner) for key, inner in self.partials.items()}
+        other.have = {key: dict(inner) for key, inner in self.have.items()}
         return other
 
     def fingerprint(self) -> int:
         """Hash of everything that future behaviour depends on; payloads must be hashable."""
         items: list[object] = [self.plan.epoch, self.step, tuple(self.adoptions), tuple(self.held), tuple(self.effects)]
-        for name in ("parameters", "early_parameters", "copies", "inputs", "log", "forwards", "coverage", "losses",
-                     "combining", "reduced", "sent_partials", "sent_reduced", "decisions", "asked", "state_requests"):  # fmt: skip
-            items.append(frozenset(getattr(self, name).items()))
+        items += [frozenset(getattr(self, name).items()) for name in _FLAT]
         for nested in (self.partials, self.have):
             items.append(frozenset((key, frozenset(inner.items())) for key, inner in nested.items()))
         return hash(tuple(items))
