@@ -98,6 +98,8 @@ def start_children(commands: Iterable[Command]) -> list[Child]:
     except BaseException:
         for child in children:
             child.send(signal.SIGKILL)
+        for child in children:
+            _ = child.exit_code  # reaped; a killed child ends at once
             child.close()
         raise
     return children

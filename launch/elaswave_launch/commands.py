@@ -10,9 +10,6 @@ from elaswave.errors import ConfigError
 from elaswave_launch.children import Command, python
 from elaswave_launch.preflight import Launch
 
-RESUME_VARIABLE = "ELASWAVE_RESUME_FROM"
-"""Environment of workers: folder of the durable checkpoint that the job starts from; empty: step 0."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -84,14 +81,13 @@ def all_commands(launch: Launch, place: Place, environment: Mapping[str, str]) -
         log = place.job_logs / "controller.log"
         arguments = controller_arguments(launch, place)
         found.append(Command(name="controller", arguments=arguments, environment=base, log=log))
-    resume = "" if launch.resume_from is None else str(launch.resume_from)
     for rank in range(options.first_node, options.first_node + options.local_agents):
         name = f"agent node{rank}"
         found.append(
             Command(
                 name=name,
                 arguments=agent_arguments(launch, place, rank),
-                environment={**base, RESUME_VARIABLE: resume},
+                environment=base,
                 log=place.job_logs / f"node{rank}.log",
             )
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _PLAIN_INTERVAL_S = 1.0
 _SPEED_STEPS = 20
+_UNKNOWN = -1.0  # a phase of an incident that is not known
 _DEAD_STATES = ("dead", "exited", "lost", "fenced", "gone")
 
 
@@ -72,7 +73,7 @@ def describe_incident(incident: Incident) -> str:
     who = ", ".join(map(str, incident.workers))
     phase = f" in {incident.phase}" if incident.phase else ""
     phases = "  ".join(
-        f"{name} {seconds * 1000:.1f} ms" if seconds >= 0.0 else f"{name} ?"
+        f"{name} ?" if seconds == _UNKNOWN else f"{name} {seconds * 1000:.1f} ms"
         for name, seconds in (
             ("detect", incident.detect_s),
             ("plan", incident.plan_s),
