@@ -27,7 +27,7 @@ def launch(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     try:
         parsed = parse(arguments, environment)
         ready = check_machine(read_options(parsed, find_devices()), environment)
-        folder = create_run_folder(base_folder(environment), ready.options.job)
+        folder = create_run_folder(base_folder(environment), ready.options.job, ready.options.first_node)
     except ConfigError as error:
         return _refuse(error)
     try:

@@ -30,7 +30,9 @@ class Progress:
     def update(self, item: WatchItem, now: float) -> None:
         """Take in one item that arrived at `now` (CLOCK_MONOTONIC seconds)."""
         if isinstance(item, JobStatus):
-            self._status = item
+            # After the last step workers leave one by one; the line keeps what the job ended with.
+            if not self.done:
+                self._status = item
         elif isinstance(item, StepResult):
             self._result = item
             self._arrivals.append((now, item.tokens))
@@ -56,7 +58,7 @@ class Progress:
                 parts.append(f"{speed:.0f} tokens/s")
         if status is not None and status.workers:
             alive = sum(1 for worker in status.workers if worker.pid and worker.state not in _DEAD_STATES)
-            parts += [f"{alive} workers", f"epoch {status.epoch}"]
+            parts += [f"{alive} worker{'' if alive == 1 else 's'}", f"epoch {status.epoch}"]
         return "  ".join(parts)
 
     def tokens_per_second(self) -> float:

@@ -85,8 +85,8 @@ def base_folder(environment: Mapping[str, str]) -> Path:
     return Path("/tmp") / name
 
 
-def create_run_folder(base: Path, job: str) -> RunFolder:
-    """Make and lock `base/job`; an empty `job` gets a name. What dead launchers left behind is removed.
+def create_run_folder(base: Path, job: str, node: int = 0) -> RunFolder:
+    """Make and lock the folder of `job` for this node; an empty `job` gets a name. What dead launchers left is removed.
 
     Raises ConfigError where a job of this name is running, or the folder cannot be made or is not ours alone.
     """
@@ -95,7 +95,7 @@ def create_run_folder(base: Path, job: str) -> RunFolder:
         for leftover in _folders(base):
             _remove_if_dead(leftover)
         job = job or f"job-{secrets.token_hex(4)}"
-        path = base / _folder_name(job)
+        path = base / (_folder_name(job) + (f".{node}" if node else ""))
         try:
             path.mkdir(mode=0o700)
         except FileExistsError as error:

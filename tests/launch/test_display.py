@@ -1,6 +1,7 @@
 """What is shown of a job."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,16 @@ def test_the_line_has_step_loss_speed_workers_and_epoch() -> None:
     assert progress.line() == "starting"
     progress.update(STATUS, 0.0)
     progress.update(result(2), 10.0)
-    assert progress.line() == "step 3/5  loss 2.500000  1 workers  epoch 2"
+    assert progress.line() == "step 3/5  loss 2.500000  1 worker  epoch 2"
     progress.update(result(3), 10.5)
-    assert progress.line() == "step 4/5  loss 2.500000  200 tokens/s  1 workers  epoch 2"
+    assert progress.line() == "step 4/5  loss 2.500000  200 tokens/s  1 worker  epoch 2"
     assert not progress.done
     progress.update(result(4, skipped=True), 11.0)
-    assert progress.line() == "step 5/5  loss 2.500000  skipped  200 tokens/s  1 workers  epoch 2"
+    assert progress.line() == "step 5/5  loss 2.500000  skipped  200 tokens/s  1 worker  epoch 2"
     assert progress.done
+    before = progress.line()
+    progress.update(replace(STATUS, workers=()), 12.0)
+    assert progress.line() == before, "workers that leave after the last step are no news"
 
 
 def test_an_incident_is_one_line_with_cause_and_phases() -> None:

@@ -52,6 +52,13 @@ def test_two_jobs_of_one_name_are_refused_and_unnamed_ones_get_names(base: Path)
         each.remove()
 
 
+def test_nodes_of_one_job_on_one_machine_have_folders_of_their_own(base: Path) -> None:
+    folders = [create_run_folder(base, "mine", node) for node in range(3)]
+    assert len({folder.path for folder in folders}) == 3
+    for folder in folders:
+        folder.remove()
+
+
 def test_long_names_get_short_folders(base: Path) -> None:
     first, second = create_run_folder(base, "a" * 63 + "1"), create_run_folder(base, "a" * 63 + "2")
     assert first.path != second.path
