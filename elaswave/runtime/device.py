@@ -102,6 +102,7 @@ def configure_numerics() -> None:
     Another thread count changes the bits of matrix products.
     """
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    # torch.use_deterministic_algorithms does this too, but imports torch's compiler, which takes seconds per worker.
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
     # It would write NaN into every fresh tensor to expose reads of unwritten memory, at the cost of a pass over it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

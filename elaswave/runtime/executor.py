@@ -79,7 +79,11 @@ class Executor:
         if self._protocol.step != self._step:
             self._close_repairs()
             self._begin_step(plan)
-        mine = frozenset(self._protocol.my_hops()) if self._step < self._protocol.job.steps else frozenset()
+        if self._step >= self._protocol.job.steps:
+            return
+        if self._grant is not None:
+            self._leave_order(plan)
+        mine = frozenset(self._protocol.my_hops())
         if mine == self._mine:
             return
         moved = sorted(mine - self._mine, key=_order)
@@ -87,8 +91,6 @@ class Executor:
         self._extra = [found for found in self._extra if found in mine] + moved
         if moved:
             self._repairs.append(RepairWork(epoch=plan.epoch, step=self._step, hops=moved))
-        if self._grant is not None:
-            self._leave_order(plan)
 
     def _begin_step(self, plan: Plan) -> None:
         self._step = self._protocol.step

@@ -77,7 +77,7 @@ class Session:
         self._agent.open()
         try:
             settings = self._await_settings()
-            self._faults = FaultInjector(lambda: None)
+            self._faults = FaultInjector(self._agent.progress.alive)
             self._links = Links(self._me, settings.token.encode(), self._inbox, payload_limit_bytes=PAYLOAD_LIMIT_BYTES)
             address = self._listen(settings)
             self._links.start()

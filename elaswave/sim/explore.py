@@ -2,163 +2,226 @@
 
 import random
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from elaswave.core.ids import Epoch, ShardId, Step, WorkerId
-from elaswave.core.plan import Member, Plan
-from elaswave.core.planner.context import supersede
+from elaswave.core.ids import ShardId, Step, WorkerId
+from elaswave.core.planner.context import Reports, supersede
 from elaswave.core.planner.copies import StateIsGone, advance_copies, resolve_queries
-from elaswave.core.planner.join import plan_readmission, plan_routes
+from elaswave.core.planner.join import plan_join, plan_routes
 from elaswave.core.planner.loss import plan_loss
 from elaswave.core.protocol.worker import StepProtocol
-from elaswave.sim.world import Scene, Violation, World
+from elaswave.sim.scene import Scene
+from elaswave.sim.shell import Violation
+from elaswave.sim.world import Action, World
 
-Action = tuple[object, ...]
 MAX_ACTIONS = 5000
+_SHOWN_ACTIONS = 60
+
+
+# ---------------------------------------------------------------------- what can happen
 
 
 def forced_actions(world: World) -> list[Action]:
     """What must happen eventually: deliveries, work, adoptions, reports, what the controller owes."""
     if world.over:
         return []
-    found: list[Action] = [("deliver", *link) for link in world.net]
-    for index, shell in enumerate(world.workers):
-        if not shell.up or shell.left:
+    found = [Action("deliver", link) for link in world.net]
+    for index in range(world.scene.workers + world.scene.spares):
+        if not world.up(index):
+            continue
+        if world.next_plan(index) is not None:
+            found.append(Action("adopt", (index,)))
+        shell = world.workers.get(index)
+        if shell is None:
             continue
         if world.ready_hops(index):
-            found.append(("hop", index))
-        if shell.protocol.plan.epoch < world.plan.epoch:
-            found.append(("adopt", index))
-    return found + _controller_actions(world)
+            found.append(Action("hop", (index,)))
+        found += [Action("resync", (index, peer)) for peer in sorted(shell.broken)]
+        if world.has_news(index):
+            if world.scene.late_reports:
+                found.append(Action("hear", (index,)))
+            else:
+                world.hear(index)
+    if world.owed[0] != world.version:
+        world.owed = (world.version, _controller_actions(world))
+    return found + world.owed[1]
 
 
 def _controller_actions(world: World) -> list[Action]:
     plan = world.plan
     if plan.finished:
         return []
-    dead = [index for index in world.members() if not world.workers[index].up]
+    dead = [index for index in world.members() if index in world.down]
     if dead:
-        return [("detect", index) for index in dead]
-    for index in range(world.scene.workers):
-        if world.workers[index].up and not world.workers[index].left:
-            world.take_report(index)
-    reports = {WorkerId(index): world.reports[WorkerId(index)] for index in world.members()}
+        return [Action("detect", (index,)) for index in dead]
+    reports = _reports(world)
     found: list[Action] = []
-    if all(report.finished and report.epoch == plan.epoch for report in reports.values()):
-        found.append(("finish",))
+    done = (reports.get(worker) for worker in plan.ids)
+    if all(report is not None and report.finished and report.epoch == plan.epoch for report in done):
+        found.append(Action("finish"))
     if resolve_queries(world.context, plan, reports) is not None:
-        found.append(("facts",))
+        found.append(Action("facts"))
     elif advance_copies(world.context, plan, reports, world.swaps) is not None:
-        found.append(("copies",))
-    for index, shell in enumerate(world.workers):
-        if shell.up and not shell.left and WorkerId(index) not in plan.ids:
-            found.append(("readmit", index))
+        found.append(Action("copies"))
+    if not plan.queries:
+        found += [Action("admit", (index,)) for index in _warm(world)]
+        if world.uneven and _joined(world):
+            found.append(Action("routes", (1,)))
     return found
+
+
+def _reports(world: World) -> Reports:
+    return {worker: world.reports[worker] for worker in world.plan.ids if worker in world.reports}
+
+
+def _warm(world: World) -> Iterable[int]:
+    """Live workers that the plan does not count on and that may come in: suspects come back, spares fill gaps."""
+    for index in range(world.scene.workers + world.scene.spares):
+        if world.up(index) and index not in world.plan.ids:
+            suspect = index in world.ever_excluded
+            if suspect or len(world.plan.ids) < world.scene.workers:
+                yield index
+
+
+def _joined(world: World) -> bool:
+    """All who were let in have everything that they host."""
+    for index in world.joining & world.plan.ids:
+        report = world.reports.get(WorkerId(index))
+        if report is None or not report.hosted_ready or report.epoch != world.plan.epoch:
+            return False
+    return True
 
 
 def hostile_actions(world: World) -> list[Action]:
-    """What may happen while budgets last: crashes, suspicions of live workers, planned swaps of owners."""
-    plan = world.plan
+    """What may happen while budgets last: crashes, suspicions of live workers, planned swaps of owners, cut links."""
+    plan, budget = world.plan, world.budget
     if world.over or plan.finished:
         return []
-    up = [i for i, shell in enumerate(world.workers) if shell.up and not shell.left]
+    up = [index for index in range(world.scene.workers + world.scene.spares) if world.up(index)]
     found: list[Action] = []
-    if world.crashes:
-        found += [("crash", index) for index in up]
-    if world.suspicions and len(plan.ids) > 1:
-        found += [("suspect", index) for index in up if WorkerId(index) in plan.ids]
-    if world.swap_budget and not world.swaps:
-        for index, group in enumerate(plan.groups):
+    if budget.crashes:
+        found += [Action("crash", (index,)) for index in up]
+    if budget.suspicions and len(plan.ids) > 1:
+        found += [Action("suspect", (index,)) for index in up if index in plan.ids]
+    if budget.swaps and not world.swaps:
+        for shard, group in enumerate(plan.groups):
             if group.owner is not None:
-                found += [("swap", index, w) for w in world.members() if w not in group.everyone]
+                found += [Action("swap", (shard, w)) for w in world.members() if w not in group.everyone]
+    if budget.cuts:
+        found += [Action("cut", (one, other)) for one in up for other in up if one < other]
     return found
+
+
+# ---------------------------------------------------------------------- what an action does
 
 
 def act(world: World, action: Action) -> None:
     """Perform one action. Raises Violation."""
-    name, args = action[0], [int(str(x)) for x in action[1:]]
-    match name:
+    args = action.args
+    match action.name:
         case "deliver":
             world.deliver(args[0], args[1])
         case "hop":
-            choice = world.ready_hops(args[0])[args[1] if len(args) > 1 else 0]
-            world.run_hop(args[0], *choice)
+            world.run_hop(args[0], args[1] if len(args) > 1 else 0)
         case "adopt":
             world.adopt(args[0])
+        case "hear":
+            world.hear(args[0])
+        case "resync":
+            world.resync(args[0], args[1])
         case "crash":
-            world.crashes -= 1
+            world.budget = replace(world.budget, crashes=world.budget.crashes - 1)
             world.crash(args[0])
-        case "suspect" | "detect":
-            _exclude(world, args[0], suspicion=name == "suspect")
+        case "cut":
+            world.budget = replace(world.budget, cuts=world.budget.cuts - 1)
+            world.cut(args[0], args[1])
+        case "suspect":
+            world.budget = replace(world.budget, suspicions=world.budget.suspicions - 1)
+            _exclude(world, args[0])
+        case "detect":
+            _exclude(world, args[0])
         case "swap":
             _add_swap(world, ShardId(args[0]), WorkerId(args[1]))
         case _:
-            _controller_act(world, str(name), args)
+            _controller_act(world, action)
 
 
-def _exclude(world: World, index: int, *, suspicion: bool) -> None:
-    if suspicion:
-        world.suspicions -= 1
+def _exclude(world: World, index: int) -> None:
     world.ever_excluded |= {index}
     lost = frozenset((WorkerId(index),))
     if not world.plan.ids - lost:
         world.over = "nobody left"
         return
-    slowest = min(world.reports[worker].step for worker in world.plan.ids)
-    _push(world, plan_loss(world.context, world.plan, lost, slowest, f"lost {index}"))
+    world.push(plan_loss(world.context, world.plan, lost, _slowest(world), f"lost {index}"))
     world.swaps = frozenset(swap for swap in world.swaps if swap[1] != index)
+    world.joining -= {index}
+    world.uneven = True
+    if index in world.down:
+        world.reports.pop(WorkerId(index), None)
+
+
+def _slowest(world: World) -> Step:
+    return min(world.step_known(index) for index in world.plan.ids)
 
 
 def _add_swap(world: World, shard: ShardId, worker: WorkerId) -> None:
-    world.swap_budget -= 1
+    world.budget = replace(world.budget, swaps=world.budget.swaps - 1)
     groups = list(world.plan.groups)
     groups[shard] = replace(groups[shard], catch_up=(*groups[shard].catch_up, worker))
     world.swaps = frozenset(((shard, worker),))
-    _push(world, supersede(world.plan, "swap", groups=tuple(groups)))
+    world.push(supersede(world.plan, "swap", groups=tuple(groups)))
 
 
-def _controller_act(world: World, name: str, args: list[int]) -> None:
-    plan = world.plan
-    reports = {worker: world.reports[worker] for worker in plan.ids}
-    match name:
+def _controller_act(world: World, action: Action) -> None:
+    plan, reports = world.plan, _reports(world)
+    match action.name:
         case "finish":
-            _push(world, supersede(plan, "finished", finished=True))
+            world.push(supersede(plan, "finished", finished=True))
         case "copies":
             made = advance_copies(world.context, plan, reports, world.swaps)
             if made is not None:
-                world.seen.add("confirm")
-                _push(world, made)
-                groups = made.groups
+                world.push(made)
                 world.swaps = frozenset(
-                    s for s in world.swaps if s[1] in groups[s[0]].everyone and groups[s[0]].owner != s[1]
+                    (shard, worker)
+                    for shard, worker in world.swaps
+                    if worker in made.groups[shard].everyone and made.groups[shard].owner != worker
                 )
         case "facts":
             answer = resolve_queries(world.context, plan, reports)
             if isinstance(answer, StateIsGone):
                 world.over = "fall back"
             elif answer is not None:
-                world.seen.add("facts")
-                _push(world, answer)
-        case "readmit":
-            first = world.scene.plan().member(WorkerId(args[0]))
-            if first is not None:
-                _readmit(world, first, early=len(args) > 1 and args[1] == 1)
+                world.push(answer)
+        case "admit":
+            _admit(world, action.args[0])
+        case "routes":
+            _deal_evenly(world, lead=action.args[0])
+        case _:
+            raise Violation(f"nobody can {action}")
+    world.seen |= {action.name}
 
 
-def _readmit(world: World, member: Member, *, early: bool) -> None:
-    world.seen |= {"readmit", "routes"}
-    joined = plan_readmission(world.context, world.plan, member, f"back {member.worker}")
-    _push(world, joined.plan)
-    top = max(report.step for report in world.reports.values())
-    slowest = min(world.reports[worker].step for worker in world.plan.ids)
-    first_step = Step(top + (0 if early else 1))
-    _push(world, plan_routes(world.context, world.plan, first_step, slowest, "routes"))
+def _admit(world: World, index: int) -> None:
+    """Let a worker in, as a joiner. What it reported as a suspect does not count for what it holds now."""
+    joined = plan_join(world.context, world.plan, (world.scene.member(WorkerId(index)),), f"w{index} joins")
+    world.push(joined.plan)
+    world.swaps |= joined.swaps
+    world.joining |= {index}
+    world.uneven = True
 
 
-def _push(world: World, plan: Plan) -> None:
-    if plan.epoch != Epoch(world.plan.epoch + 1):
-        raise Violation(f"plan {plan.epoch} after {world.plan.epoch}")
-    world.plans.append(plan)
+def _deal_evenly(world: World, lead: int) -> None:
+    """Announce even routes, `lead` steps ahead of the highest step known."""
+    first_step = Step(max(world.step_known(index) for index in world.plan.ids) + lead)
+    world.version += 1
+    world.uneven = False
+    world.joining = frozenset()
+    if first_step < world.scene.steps:
+        world.push(plan_routes(world.context, world.plan, first_step, _slowest(world), "routes"))
+
+
+# ---------------------------------------------------------------------- ends
 
 
 def check_end(world: World) -> None:
@@ -166,15 +229,25 @@ def check_end(world: World) -> None:
     if world.over:
         return
     for index in world.members():
-        shell = world.workers[index]
-        if not shell.up:
-            continue
-        if shell.protocol.step != world.scene.steps or not shell.left:
-            raise Violation(f"waits for ever: w{index} at step {shell.protocol.step}, left: {shell.left}")
+        shell = world.workers.get(index)
+        if shell is None or shell.protocol.step != world.scene.steps or not shell.left:
+            at = "not begun" if shell is None else f"at step {shell.protocol.step}, left: {shell.left}"
+            raise Violation(f"waits for ever: w{index} {at}")
         for layer in world.plan.hosting.get(WorkerId(index), ()):
             for shard in world.context.shape.shards_of_layer[layer]:
                 if len(shell.parameters.get(shard, ())) != world.scene.steps:
                     raise Violation(f"w{index} hosts layer {layer} below the last version")
+
+
+def check_redundancy(world: World) -> None:
+    """Nothing is left to do but to finish: every shard has its replicas, none is still on its way."""
+    wanted = min(world.scene.replicas + 1, len(world.plan.ids))
+    for shard, group in enumerate(world.plan.groups):
+        if group.joining or group.catch_up or len(group.confirmed) < wanted:
+            raise Violation(f"redundancy is never restored: shard {shard} has {group}, gates {world.plan.gates}")
+
+
+# ---------------------------------------------------------------------- random walks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,49 +260,66 @@ class WalkResult:
     redone: int
 
 
+class _Chooser:
+    """Chooses actions at random, each walk with its own preferences: some workers, links or kinds are slow."""
+
+    def __init__(self, scene: Scene, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.hostility = self.rng.choice((0.01, 0.03, 0.08, 0.2))
+        count = scene.workers + scene.spares
+        self.speed = [self.rng.choice((1.0, 1.0, 1.0, 0.1, 0.02)) for _ in range(count)]
+        control = self.rng.choice((1.0, 1.0, 0.2, 0.05))
+        self.kinds = dict.fromkeys(("detect", "finish", "facts", "copies", "admit", "routes"), control)
+        self.kinds["hop"] = self.rng.choice((1.0, 1.0, 0.2))
+        self.kinds["adopt"] = self.rng.choice((1.0, 1.0, 0.1))
+        self.kinds["hear"] = self.rng.choice((1.0, 0.2, 0.05))
+        self.kinds["resync"] = self.rng.choice((1.0, 0.2, 0.05))
+
+    def choose(self, world: World, forced: Sequence[Action]) -> Action:
+        """The next action."""
+        if self.rng.random() < self.hostility:
+            hostile = hostile_actions(world)
+            if hostile:
+                return self.rng.choice(hostile)
+        patient = [action for action in forced if action.name != "finish"] or forced
+        action = self.rng.choices(patient, [self._weight(action) for action in patient])[0]
+        if action.name == "hop":
+            return Action("hop", (*action.args, self.rng.randrange(len(world.ready_hops(action.args[0])))))
+        if action.name == "routes":
+            return Action("routes", (self.rng.choice((2, 1, 0)),))
+        return action
+
+    def _weight(self, action: Action) -> float:
+        weight = self.kinds.get(action.name, 1.0)
+        return weight * self.speed[action.args[0]] if action.name in ("deliver", "hop", "adopt", "hear") else weight
+
+
 def walk(scene: Scene, seed: int, protocol: type[StepProtocol] = StepProtocol) -> WalkResult:
     """One random run to its end. Raises Violation, with the seed in its message."""
-    rng = random.Random(seed)
+    chooser = _Chooser(scene, seed)
     world = World(scene, protocol)
-    hostility = rng.choice((0.01, 0.03, 0.08))
-    speed = {index: rng.choice((1.0, 1.0, 1.0, 0.1, 0.02)) for index in range(scene.workers)}
-    by_kind = {"hop": rng.choice((1, 1, 0.2)), "adopt": rng.choice((1, 1, 0.1))}
-    control = rng.choice((1, 1, 0.2, 0.05))
     taken: list[Action] = []
     try:
-        for _ in range(MAX_ACTIONS):
-            actions = forced_actions(world)
-            if not actions:
+        while len(taken) < MAX_ACTIONS:
+            forced = forced_actions(world)
+            if not forced:
                 check_end(world)
-                return WalkResult(actions=len(taken), over=world.over, seen=frozenset(world.seen), redone=world.redone)
-            hostile = hostile_actions(world) if rng.random() < hostility else []
-            if hostile:
-                action = rng.choice(hostile)
-            else:
-                action = rng.choices(actions, [_weight(a, by_kind, speed, control) for a in actions])[0]
-                if action[0] == "hop":
-                    action = (*action, rng.randrange(len(world.ready_hops(int(str(action[1]))))))
-                elif action[0] == "readmit":
-                    action = (*action, rng.choice((0, 0, 1)))
-            taken.append(action)
-            act(world, action)
+                return WalkResult(actions=len(taken), over=world.over, seen=world.seen, redone=world.redone)
+            if forced == [Action("finish")]:
+                check_redundancy(world)
+            taken.append(chooser.choose(world, forced))
+            act(world, taken[-1])
     except Violation as violation:
-        raise Violation(f"seed {seed}: {violation}; after {taken[-40:]}") from violation
-    raise Violation(f"seed {seed}: no end after {MAX_ACTIONS} actions; last {taken[-20:]}")
+        raise Violation(f"seed {seed}: {violation}; after {taken[-_SHOWN_ACTIONS:]}") from violation
+    raise Violation(f"seed {seed}: no end after {MAX_ACTIONS} actions; last {taken[-_SHOWN_ACTIONS:]}")
 
 
-def _weight(action: Action, by_kind: dict[str, float], speed: dict[int, float], control: float) -> float:
-    name = str(action[0])
-    if name in ("hop", "adopt"):
-        return by_kind[name] * speed[int(str(action[1]))]
-    if name == "deliver":
-        return speed[int(str(action[1]))]
-    return control
+# ---------------------------------------------------------------------- exhaustive search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """Size of an exhaustive search; `complete` unless the limit was hit."""
+    """Size of an exhaustive search; `complete` unless the limit was hit. `ends`: states where nothing is left to do."""
 
     states: int
     transitions: int
