@@ -157,8 +157,7 @@ def _exclude(world: World, index: int) -> None:
     world.swaps = frozenset(swap for swap in world.swaps if swap[1] != index)
     world.joining -= {index}
     world.uneven = True
-    if index in world.down:
-        world.reports.pop(WorkerId(index), None)
+    world.reports.pop(WorkerId(index), None)
 
 
 def _slowest(world: World) -> Step:
@@ -206,6 +205,7 @@ def _admit(world: World, index: int) -> None:
     """Let a worker in, as a joiner. What it reported as a suspect does not count for what it holds now."""
     joined = plan_join(world.context, world.plan, (world.scene.member(WorkerId(index)),), f"w{index} joins")
     world.push(joined.plan)
+    world.reports.pop(WorkerId(index), None)
     world.swaps |= joined.swaps
     world.joining |= {index}
     world.uneven = True

@@ -60,9 +60,7 @@ class World:
         self.swaps: frozenset[tuple[ShardId, WorkerId]] = frozenset()
         self.uneven = False
         self.joining: frozenset[int] = frozenset()
-        self.budget = Budget(
-            crashes=scene.crashes, suspicions=scene.suspicions, swaps=scene.swaps, cuts=scene.cuts
-        )
+        self.budget = Budget(crashes=scene.crashes, suspicions=scene.suspicions, swaps=scene.swaps, cuts=scene.cuts)
         self.ever_excluded: frozenset[int] = frozenset()
         self.over: str | None = None
         self.owed: tuple[int, list[Action]] = (-1, [])
@@ -244,7 +242,8 @@ class World:
         """A worker has noticed the broken link and sends its peer what it may have lost."""
         shell = self.touch(index)
         shell.broken -= {peer}
-        shell.protocol.resync(WorkerId(peer))
+        if peer in shell.protocol.plan.ids:
+            shell.protocol.resync(WorkerId(peer))
         self._perform(index)
 
     # ------------------------------------------------------------------ the controller
@@ -286,7 +285,18 @@ class World:
         """An independent copy; workers are shared until one side changes them."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        for name in ("plans", "_plan_marks", "net", "early", "reports", "decisions", "workers", "_marks", "_ready", "unheard"):
+        for name in (
+            "plans",
+            "_plan_marks",
+            "net",
+            "early",
+            "reports",
+            "decisions",
+            "workers",
+            "_marks",
+            "_ready",
+            "unheard",
+        ):
             setattr(other, name, getattr(self, name).copy())
         self._own = set()
         other._own = set()

@@ -31,7 +31,7 @@ def advance_copies(
         shard = ShardId(index)
         if group.owner is None:
             continue
-        now = _confirm(plan, reports, shard, group, swaps)
+        now = _confirm(context, plan, reports, shard, swaps)
         if now != group:
             confirmed.append(shard)
         ready = tuple(w for w in now.catch_up if holds_copy(plan, reports, w, shard)) if not now.joining else ()
@@ -55,17 +55,22 @@ def holds_copy(plan: Plan, reports: Reports, worker: WorkerId, shard: ShardId) -
 
 
 def _confirm(
-    plan: Plan, reports: Reports, shard: ShardId, group: Group, swaps: frozenset[tuple[ShardId, WorkerId]]
+    context: PlanningContext, plan: Plan, reports: Reports, shard: ShardId, swaps: frozenset[tuple[ShardId, WorkerId]]
 ) -> Group:
+    group = plan.groups[shard]
     for worker in group.joining:
         if may_confirm(plan, reports, worker, shard):
             joining = tuple(w for w in group.joining if w != worker)
             if (shard, worker) in swaps:
-                kept = group.replicas or ((group.owner,) if group.owner is not None else ())
-                group = replace(group, owner=worker, replicas=kept, joining=joining)
+                group = replace(group, owner=worker, replicas=_kept(group, context.replicas), joining=joining)
             else:
                 group = replace(group, replicas=(*group.replicas, worker), joining=joining)
     return group
+
+
+def _kept(group: Group, wanted: int) -> tuple[WorkerId, ...]:
+    """Replicas beside a new owner: the old owner stays on as one where there are too few without it."""
+    return group.replicas if len(group.replicas) >= wanted else group.confirmed
 
 
 def may_confirm(plan: Plan, reports: Reports, worker: WorkerId, shard: ShardId) -> bool:
@@ -74,11 +79,15 @@ def may_confirm(plan: Plan, reports: Reports, worker: WorkerId, shard: ShardId) 
     mine = reports.get(worker)
     if gate is None or mine is None or shard not in mine.versions:
         return False
-    found = [reports.get(member.worker) for member in plan.members]
-    return all(
-        report is not None and gate in report.adopted_at and mine.versions[shard] >= report.adopted_at[gate]
-        for report in found
-    )
+    steps = [_gated_at(reports.get(member.worker), gate) for member in plan.members]
+    return all(step is not None and mine.versions[shard] >= step for step in steps)
+
+
+def _gated_at(report: MemberReport | None, gate: Epoch) -> Step | None:
+    """The step of a member when it adopted `gate`, or the first later plan that it has told of: it may have been let
+    in since, or have told of `gate` before it was suspected. A later step only asks for more."""
+    later = [epoch for epoch in report.adopted_at if epoch >= gate] if report is not None else []
+    return report.adopted_at[min(later)] if report is not None and later else None
 
 
 def resolve_queries(context: PlanningContext, plan: Plan, reports: Reports) -> Plan | StateIsGone | None:

@@ -99,15 +99,14 @@ class StepProtocol(AdoptionProtocol):
                 self._send_edge(key, edge)
         for sent in [sent for sent, (owner, _) in self.sent_partials.items() if owner == peer]:
             del self.sent_partials[sent]
+        self.asked = {shard: asking for shard, asking in self.asked.items() if self.plan.groups[shard].owner != peer}
         for index, group in enumerate(self.plan.groups):
             shard = ShardId(index)
             if peer in group.everyone and group.owner == self.me:
                 self.send_reduced(self.step, shard, (peer,))
             if shard in self.copies and group.owner == self.me and peer in self.hosts(shard):
                 self.publish(shard, (peer,))
-        self.asked = {shard: asking for shard, asking in self.asked.items() if self.plan.groups[shard].owner != peer}
-        for shard in list(self.copies):
-            if self.copies[shard] < self.step:
+            if self.me in group.everyone and self.copies.get(shard, -1) < self.step:
                 self.ask_for_state(shard)
         self.ask_for_parameters()
         self.settle()
