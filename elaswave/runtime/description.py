@@ -5,12 +5,13 @@ import functools
 import hashlib
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
 from elaswave.core.events import JobDescription, ParameterDescription
 from elaswave.core.ids import Layer
@@ -43,11 +44,28 @@ def outline_layer(job: Job, layer: Layer) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialisation():
             return _require_module(layer, source())
     except (RuntimeError, NotImplementedError):
         # Meta tensors have no values to read; what is wrong with the factory itself shows when it runs for real.
         return build_layer(job, layer)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips torch.nn.init: on meta tensors it computes nothing, but torch imports its compiler for that, which takes
+    seconds in every worker."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":  # methods of built-in types have none
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def describe_parameters(job: Job) -> tuple[LayerParameters, ...]:

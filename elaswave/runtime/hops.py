@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from elaswave.core.exact import exact_from_float
 from elaswave.core.facts import LossScalars, NonFinite
@@ -187,7 +188,7 @@ class HopRunner:
         found_gradients: tuple[Tensor | None, ...] = (None,) * len(targets)
         if targets and result.requires_grad:
             with UserCode(f"backward pass of layer {layer}"):
-                found_gradients = torch.autograd.grad(result, targets, gradient, allow_unused=True)
+                found_gradients = _gradients(result, targets, gradient)
         _fill(hosted, found_gradients[len(inputs) :])
         by_input = found_gradients[0] if inputs else None
         if inputs:
@@ -205,6 +206,18 @@ class HopRunner:
 
     def _load(self, hop: HopKey) -> MicroBatchData:
         return self._loader.load(hop.step, hop.micro_batch)
+
+
+def _gradients(result: Tensor, targets: list[Tensor], gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad with allow_unused, without the check of shapes that imports torch's symbolic algebra.
+
+    That import takes a second in every worker; the shapes have been checked by the caller.
+    """
+    start = torch.ones_like(result) if gradient is None else gradient
+    found: tuple[Tensor | None, ...] = _engine_run_backward(
+        (result,), (start,), False, False, tuple(targets), True, accumulate_grad=False
+    )
+    return found
 
 
 def _fill(hosted: HostedLayer, gradients: tuple[Tensor | None, ...]) -> None:
