@@ -55,6 +55,11 @@ class Report:
         self._incidents.append(incident)
 
     @property
+    def has_steps(self) -> bool:
+        """Whether any step is recorded."""
+        return self._first_step is not None
+
+    @property
     def incidents(self) -> tuple[Incident, ...]:
         """All incidents so far, oldest first."""
         return tuple(self._incidents)

@@ -187,7 +187,7 @@ class Shell:
                 self._start(effect)
             case StepRecorded():
                 self._restart.saw_step(effect.result.step)
-                self._report.record_step(effect)
+                self._record_step(effect)
                 self.watchers.publish(effect.result)
             case IncidentClosed():
                 self._report.record_incident(effect.incident)
@@ -202,6 +202,12 @@ class Shell:
                 await self._begin_restart(effect)
             case JobEnded():
                 self._ended = effect
+
+    def _record_step(self, effect: StepRecorded) -> None:
+        if not self._report.has_steps and self._options.report is not None:
+            # Should everything be killed, the report of an earlier run must not be taken for this one's.
+            self._options.report.unlink(missing_ok=True)
+        self._report.record_step(effect)
 
     def _start(self, effect: StartWorker) -> None:
         self._restart.saw_worker(effect.worker)

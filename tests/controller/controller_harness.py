@@ -3,17 +3,18 @@
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from grpc import aio
 
 from elaswave._pb import control_pb2 as pb
 from elaswave._pb.control_pb2_grpc import AgentServiceStub, OperatorServiceStub
 from elaswave.core.config import ControllerConfig
-from elaswave.core.events import Effect, Event, JobEnded, PersistPlan, StartWorker, Tick
+from elaswave.core.events import AgentAttached, Effect, Event, JobEnded, PersistPlan, SendPlans, StartWorker, Tick
 from elaswave.core.ids import Epoch, Layer, NodeId, Step, WorkerId
 from elaswave.core.plan import Group, Hop, Member, Plan, RouteTable
 from elaswave.core.status import JobStatus, WorkerStatus
@@ -26,6 +27,7 @@ from elaswave_controller.store.memory import open_memory_store
 LIMIT_S = 10.0
 TOKEN = "t" * 32
 Answer = Callable[[Event], Sequence[Effect]]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -220,3 +222,20 @@ def persist(epoch: int, previous: int = 0) -> PersistPlan:
 def exited(worker: int) -> pb.WorkerExited:
     now = time.monotonic()
     return pb.WorkerExited(worker=worker, signal=9, noticed_at=now, last_alive_at=now - 0.5)
+
+
+LOCAL_START = (start(0), start(1))
+
+
+def run(work: Coroutine[object, object, Result]) -> Result:
+    """Run the body of a test."""
+    return asyncio.run(work)
+
+
+def send(worker: int, epoch: int) -> SendPlans:
+    return SendPlans(worker=WorkerId(worker), first_epoch=Epoch(epoch))
+
+
+def starting(event: Event) -> Sequence[Effect]:
+    """Two workers on each agent that comes."""
+    return LOCAL_START if isinstance(event, AgentAttached) else ()
