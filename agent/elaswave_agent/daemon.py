@@ -40,7 +40,6 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._supervisor = Supervisor(_starter(options, self.note), self._request_for, self, self._own)
         self._sockets = WorkerSockets(options.socket_path, self._supervisor)
-        self._supervisor.attach_sockets(self._sockets.drain_unknown)
         self._stream = ControllerStream(
             StreamSettings(
                 controller=options.controller, node=options.node, token=token, limit_s=options.controller_limit_s

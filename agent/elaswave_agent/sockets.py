@@ -188,12 +188,6 @@ class WorkerSockets:
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._accept_all)
 
-    def drain_unknown(self) -> None:
-        """Take what has come on connections that have not said yet whose they are."""
-        self._accept_all()
-        for connection in [connection for connection in self._connections if connection.worker is None]:
-            connection.drain()
-
     def close(self) -> None:
         """End all connections and remove the socket; idempotent."""
         if self._listener is None:

@@ -100,11 +100,6 @@ class Supervisor:
         self._ending = False
         self._workers: dict[WorkerId, _Worker] = {}
         self._exited: dict[WorkerId, WorkerExited] = {}
-        self._drain_unknown: Callable[[], None] = _nothing
-
-    def attach_sockets(self, drain_unknown: Callable[[], None]) -> None:
-        """`drain_unknown` reads connections that have not yet said whose they are (WorkerSockets)."""
-        self._drain_unknown = drain_unknown
 
     # -------------------------------------------------------------- orders
 
@@ -281,12 +276,11 @@ class Supervisor:
 
     def _finish(self, found: _Worker, status: ExitStatus, noticed_at: float) -> None:
         worker = found.order.worker
-        # What it said before its end is told before its end.
-        self._drain_unknown()
         if found.connection is not None:
+            # What it said before its end is told before its end. Reading its last byte closes it.
             found.connection.drain()
-            if found.connection is not None:
-                found.connection.close()
+        if found.connection is not None:
+            found.connection.close()  # a child of the worker holds the other end open
         progress, last_alive_at = found.page.read()
         found.page.close()
         del self._workers[worker]
@@ -309,7 +303,3 @@ def _send_signal(pidfd: int, number: signal.Signals) -> None:
     # ProcessLookupError: it has ended, and its pidfd tells so.
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)
-
-
-def _nothing() -> None:
-    """Before there are sockets, nothing can have come."""

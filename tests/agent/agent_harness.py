@@ -231,13 +231,15 @@ class Site:
         node: str = "n0",
         zygote: str | None = None,
         flags: Sequence[str] = (),
+        launched: bool = True,
         **environment: str,
     ) -> Iterator[Process]:
         token = self.folder / "token"
         token.write_text(TOKEN)
         start = ["--spawn"] if zygote is None else ["--zygote", zygote]
         command = ["-m", "elaswave_agent", "--controller", controller, "--node", node, "--workers", "4", *start]
-        command += ["--run-dir", str(self.folder), "--token-file", str(token), "--parent-pid", str(os.getpid())]
+        command += ["--run-dir", str(self.folder), "--token-file", str(token)]
+        command += ["--parent-pid", str(os.getpid())] if launched else []
         command += [*flags, "--", *(script or (str(WORKER), "serve"))]
         with process(command, self.folder / f"{node}.log", **environment) as child:
             yield child

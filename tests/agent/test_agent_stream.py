@@ -5,9 +5,10 @@ import os
 import signal
 import time
 
+import pytest
 from agent_harness import WORKER, Site, process, running_controller, watching
 
-from elaswave.core.events import StopRequested, UserLine, WorkerExited, WorkerReady, WorkerStarted
+from elaswave.core.events import StopRequested, UserLine, WorkerExited, WorkerReady, WorkerStarted, WorkerSuspected
 from elaswave.core.ids import WorkerId
 
 
@@ -86,8 +87,9 @@ def test_sigterm_ends_everything_within_five_seconds(site: Site) -> None:
                 for worker in range(4):
                     controller.start_worker(stream, worker)
                     await controller.one(WorkerReady, worker)
-                # A stopped process takes no SIGTERM.
+                # A stopped process takes no SIGTERM; one that is about to be stopped does.
                 os.kill((await controller.one(WorkerStarted, 1)).pid, signal.SIGSTOP)
+                await controller.one(WorkerSuspected, 1)
                 began = time.monotonic()
                 agent.send(signal.SIGTERM)
                 assert await agent.wait_in_loop() == 0
@@ -100,17 +102,25 @@ def test_sigterm_ends_everything_within_five_seconds(site: Site) -> None:
     asyncio.run(scenario())
 
 
-def test_sigint_is_the_launchers_business(site: Site) -> None:
+@pytest.mark.parametrize("launched", [True, False])
+def test_ctrl_c_is_the_launchers_business_and_without_one_the_agents(site: Site, launched: bool) -> None:
     async def scenario() -> None:
         async with running_controller() as controller:
-            with site.agent(controller.address) as agent:
+            with site.agent(controller.address, launched=launched) as agent:
                 stream = await controller.attached()
                 controller.start_worker(stream, 0)
                 await controller.one(WorkerReady, 0)
-                agent.send(signal.SIGINT)
                 os.kill((await controller.one(WorkerStarted, 0)).pid, signal.SIGINT)
+                if launched:
+                    agent.send(signal.SIGINT)
                 controller.tell(stream, 0, StopRequested(reason="done"))
                 assert (await controller.one(WorkerExited, 0)).exit_code == 0
+                agent.send(signal.SIGINT)
+                controller.start_worker(stream, 1)
+                if launched:
+                    await controller.one(WorkerReady, 1)
+                else:
+                    assert await agent.wait_in_loop() == 0
 
     asyncio.run(scenario())
 

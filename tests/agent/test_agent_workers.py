@@ -150,8 +150,9 @@ def test_script_sees_what_it_would_see_without_us(site: Site) -> None:
     assert descriptors == "3"
 
 
-def test_last_words_are_told_before_the_exit(site: Site) -> None:
-    _, stream = run_script(site, str(WORKER), "last-words", "3000")
+@pytest.mark.parametrize("end", [(), (str(int(signal.SIGKILL)),)])
+def test_last_words_are_told_before_the_exit(site: Site, end: tuple[str, ...]) -> None:
+    _, stream = run_script(site, str(WORKER), "last-words", "3000", *end)
     lines = [event.text for _, event in stream.told if isinstance(event, UserLine)]
     assert lines == [f"line {index}" for index in range(3000)]
     assert isinstance(stream.told[-1][1], WorkerExited)
@@ -220,19 +221,6 @@ def test_fence_kills_a_stopped_worker_and_confirms_also_afterwards(site: Site) -
                 assert controller.all(WorkerExited, 0)[1] == first
                 controller.fence(stream, 77)
                 assert (await controller.one(WorkerExited, 77)).signal == signal.SIGKILL
-
-    asyncio.run(scenario())
-
-
-def test_fence_reaches_a_worker_that_is_just_being_started(site: Site) -> None:
-    async def scenario() -> None:
-        async with running_controller() as controller:
-            with site.agent(controller.address):
-                stream = await controller.attached()
-                controller.start_worker(stream, 0)
-                controller.fence(stream, 0)
-                assert (await controller.one(WorkerExited, 0)).signal == signal.SIGKILL
-                assert [type(event) for _, event in stream.told] == [WorkerStarted, WorkerExited]
 
     asyncio.run(scenario())
 
@@ -327,13 +315,16 @@ def test_hang_is_suspected_and_a_long_operation_is_not(site: Site) -> None:
     asyncio.run(scenario())
 
 
-def test_worker_that_never_reads_is_killed_before_it_fills_the_agents_memory(site: Site) -> None:
+@pytest.mark.parametrize("connects", [True, False])
+def test_worker_that_never_reads_is_killed_before_it_fills_the_agents_memory(site: Site, connects: bool) -> None:
     async def scenario() -> None:
         async with running_controller() as controller:
-            with site.agent(controller.address) as agent:
+            with site.agent(controller.address, str(WORKER), "serve" if connects else "wait") as agent:
                 stream = await controller.attached()
-                pid = await _serving(controller, stream, 0)
-                os.kill(pid, signal.SIGSTOP)
+                controller.start_worker(stream, 0)
+                if connects:
+                    await controller.one(WorkerReady, 0)
+                    os.kill((await controller.one(WorkerStarted, 0)).pid, signal.SIGSTOP)
                 bulk = WorkerSettings(worker=WorkerId(0), node=NodeId("n0"), token="t", run_dir="x" * 60_000)
                 for _ in range(1200):
                     controller.tell(stream, 0, bulk)

@@ -26,7 +26,8 @@ from agent_harness import (
 )
 
 from elaswave.core.events import UserLine, WorkerExited, WorkerFailed, WorkerStarted, WorkerSuspected
-from elaswave.process_start import MessageDecoder, Unavailable
+from elaswave.core.ids import WorkerId
+from elaswave.process_start import MessageDecoder, Program, Started, StartRequest, Unavailable, encode
 from elaswave.runtime.zygote import Zygote, listen, unsound_reason
 
 SCRIPT = str(Path(__file__).with_name("torch_script.py"))
@@ -118,10 +119,10 @@ def test_killed_agent_takes_its_forked_workers_and_no_others(site: Site, zygote:
     asyncio.run(scenario())
 
 
-def test_fifty_starts_leave_no_descriptor_and_no_memory_behind(site: Site, zygote: tuple[Process, str]) -> None:
+def test_fifty_starts_leave_no_descriptor_behind(site: Site, zygote: tuple[Process, str]) -> None:
     async def scenario() -> None:
         async with running_controller() as controller:
-            with site.agent(controller.address, SCRIPT, "facts", zygote=zygote[1]) as agent:
+            with site.agent(controller.address, SCRIPT, "nothing", zygote=zygote[1]) as agent:
                 stream = await controller.attached()
                 watched = [psutil.Process(agent.pid), psutil.Process(zygote[0].pid)]
 
@@ -139,43 +140,69 @@ def test_fifty_starts_leave_no_descriptor_and_no_memory_behind(site: Site, zygot
 
 
 def test_workers_die_with_a_killed_parent_of_the_zygote(site: Site) -> None:
-    """The parent is a stand-in for the launcher: it starts a zygote that forks one worker, and is killed."""
-    script = site.folder / "sleeper.py"
-    script.write_text("import os, threading\nprint(os.getpid(), flush=True)\nthreading.Event().wait()\n")
-    parent = site.folder / "parent.py"
-    parent.write_text(PARENT.format(folder=site.folder, script=script))
-    with subprocess.Popen(
-        [sys.executable, str(parent)], env=python_environment(), stdout=subprocess.PIPE, text=True
-    ) as launcher:
-        assert launcher.stdout is not None
-        zygote_pid, worker_pid = (int(text) for text in launcher.stdout.readline().split())
-        with watching([zygote_pid, worker_pid]) as wait:
-            launcher.kill()
+    """The parent stands in for the launcher, this process for the agent, whose end would kill the worker too."""
+    script = site.folder / "waiter.py"
+    script.write_text("import threading\nthreading.Event().wait()\n")
+    path = str(site.folder / "zygote")
+    request = StartRequest(
+        worker=WorkerId(0),
+        program=Program(target=str(script)),
+        environment=(),
+        working_directory="/",
+        stdout=str(site.folder / "out"),
+        stderr=str(site.folder / "err"),
+    )
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", PARENT, path], env=python_environment(), stdout=subprocess.PIPE
+        ) as parent,
+        socket.socket(socket.AF_UNIX) as agent,
+    ):
+        assert parent.stdout is not None
+        zygote_pid = int(parent.stdout.readline())
+        agent.settimeout(LIMIT_S)
+        agent.connect(path)
+        agent.sendall(encode(request))
+        (started,) = MessageDecoder().feed(agent.recv(1000))
+        assert isinstance(started, Started)
+        with watching([zygote_pid, started.pid]) as wait:
+            parent.kill()
             assert wait(5.0) == []
 
 
+# Prints the zygote's pid when it listens.
 PARENT = """
 import os, socket, subprocess, sys, threading
-from elaswave.process_start import *
 
-path = "{folder}/zygote"
-zygote = subprocess.Popen(
-    [sys.executable, "-m", "elaswave.runtime.zygote", "--socket", path, "--parent-pid", str(os.getpid())],
-    stderr=open("{folder}/zygote.log", "wb"),
-)
-agent = socket.socket(socket.AF_UNIX)
-deadline = threading.Event()
-while not os.path.exists(path) and not deadline.wait(0.02):
-    pass
-agent.connect(path)
-agent.sendall(encode(StartRequest(
-    worker=0, program=Program(target="{script}"), environment=(), working_directory="/",
-    stdout="{folder}/out", stderr="{folder}/err",
-)))
-(started,) = MessageDecoder().feed(agent.recv(1000))
-print(zygote.pid, started.pid, flush=True)
-deadline.wait()
+command = [sys.executable, "-m", "elaswave.runtime.zygote", "--socket", sys.argv[1], "--parent-pid", str(os.getpid())]
+zygote = subprocess.Popen(command)
+never = threading.Event()
+with socket.socket(socket.AF_UNIX) as probe:
+    while probe.connect_ex(sys.argv[1]) and zygote.poll() is None:
+        never.wait(0.02)
+print(zygote.pid, flush=True)
+never.wait()
 """
+
+
+def test_fence_reaches_a_worker_that_is_just_being_started(site: Site, zygote: tuple[Process, str]) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address, SCRIPT, "wait", zygote=zygote[1]):
+                stream = await controller.attached()
+                zygote[0].send(signal.SIGSTOP)
+                try:
+                    controller.start_worker(stream, 0)
+                    controller.fence(stream, 0)
+                    # Orders are carried out in order: the answer to this one shows that the fence has been taken.
+                    controller.fence(stream, 9)
+                    await controller.one(WorkerExited, 9)
+                finally:
+                    zygote[0].send(signal.SIGCONT)
+                assert (await controller.one(WorkerExited, 0)).signal == signal.SIGKILL
+                assert not controller.all(UserLine, 0)
+
+    asyncio.run(scenario())
 
 
 def test_end_of_the_zygote_is_the_end_of_its_workers_and_the_next_one_is_spawned(site: Site) -> None:

@@ -26,13 +26,14 @@ def private_kib() -> int:
 
 
 def descriptors() -> list[str]:
-    """What each open descriptor is, less numbers."""
+    """What each open descriptor is, less numbers; marked where a child process would inherit it."""
     found = []
     for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+        with suppress(FileNotFoundError, OSError):  # the descriptor of the listing itself
             target = os.readlink(f"/proc/self/fd/{number}")
             kind = re.search("memfd|socket|eventfd|eventpoll", target)
-            found.append(kind.group() if kind else target.rpartition("/")[2])
+            inherited = int(number) > 2 and os.get_inheritable(int(number))
+            found.append((kind.group() if kind else target.rpartition("/")[2]) + " (inherited)" * inherited)
     return sorted(found)
 
 
@@ -54,6 +55,8 @@ def main() -> None:
             ]
             for line in lines:
                 link.send(UserLine(worker=worker, text=line))
+            link.close()
+        case "nothing":
             link.close()
         case "wait":
             link.send(UserLine(worker=worker, text="here"))

@@ -51,6 +51,8 @@ def main() -> None:
         case "last-words":
             # Many messages right before the end: none may be lost.
             say([f"line {index}" for index in range(int(arguments[0]))])
+            if arguments[1:]:
+                os.kill(os.getpid(), int(arguments[1]))
         case "hang":
             # Worker 0 hangs; the others have announced that they will be silent.
             link = open_link(queue.SimpleQueue())
