@@ -128,7 +128,8 @@ class ProgressWriter:
             self._words[_DECLARED_UNTIL] = outer
 
     def close(self) -> None:
-        """Unmap the page."""
+        """Unmap the page, which says from now on that the worker is not stepping."""
+        self._words[_PHASE] = 0
         self._words.release()
         self._mapping.close()
 

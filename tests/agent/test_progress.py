@@ -136,7 +136,9 @@ def test_stepping_ends_with_the_empty_phase() -> None:
     assert reader.signs().stepping
     writer.begin(Step(1), "")
     assert not reader.signs().stepping
+    writer.begin(Step(1), "update")
     writer.close()
+    assert not reader.signs().stepping, "a script may do other things after its training"
     reader.close()
 
 
