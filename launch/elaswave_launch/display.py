@@ -72,7 +72,7 @@ class Progress:
 
 def describe_incident(incident: Incident) -> str:
     """One line with cause and phases."""
-    who = ", ".join(map(str, incident.workers))
+    who = ("worker " if len(incident.workers) == 1 else "workers ") + ", ".join(map(str, incident.workers))
     phase = f" in {incident.phase}" if incident.phase else ""
     phases = "  ".join(
         f"{name} ?" if seconds == _UNKNOWN else f"{name} {seconds * 1000:.1f} ms"
@@ -86,7 +86,7 @@ def describe_incident(incident: Incident) -> str:
     )
     work = f"{incident.redone_hops} of {incident.dead_hops} lost hops redone, {incident.step_hops} in the step"
     return (
-        f"incident: {incident.cause}, worker {who}, step {incident.step + 1}{phase} ({incident.evidence}); "
+        f"incident: {incident.cause}, {who}, step {incident.step + 1}{phase} ({incident.evidence}); "
         f"{phases}; {work}, {incident.bytes_moved} bytes moved; epoch {incident.epoch}: {incident.reason}"
     )
 

@@ -74,6 +74,13 @@ def test_a_script_that_ends_without_training_is_an_error(place: Place) -> None:
     assert "ended with exit code 0 before the first step" in done.stderr
 
 
+def test_a_crash_in_native_code_is_explained_by_the_workers_last_lines(place: Place) -> None:
+    done = run(place, *TWO_NODES, place.script("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"))
+    assert done.returncode == 1
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+    assert "last lines of node" in done.stderr
+
+
 def test_workers_get_torchruns_environment_arguments_and_log_files(place: Place) -> None:
     script = """
 import json, os, sys
