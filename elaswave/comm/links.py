@@ -104,8 +104,7 @@ class Links:
                 self._addresses[peer] = address
                 outgoing = self._outgoing.get(peer)
                 if outgoing is not None and address != known:
-                    outgoing.address = address
-                    self._board.loop.call_soon(outgoing.redial)
+                    self._board.loop.call_soon(partial(outgoing.move, address))
 
     def send(
         self, peer: WorkerId, kind: int, meta: bytes, payload: Payload | None = None, *, copy: bool = False
@@ -157,6 +156,7 @@ class Links:
         with self._lock:
             self._addresses.pop(peer, None)
             outgoing = self._outgoing.pop(peer, None)
+            self._board.forgetting.add(peer)
         gone = LinkClosed(f"cannot send to worker {peer}: it was forgotten; call set_addresses first")
         whole = outgoing is not None and outgoing.queue.close(gone)
         self._board.loop.call_soon(partial(self._board.forget, peer, outgoing, goodbye=whole))

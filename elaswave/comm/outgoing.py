@@ -57,7 +57,7 @@ class Outgoing:
         options: LinkOptions,
     ) -> None:
         self.peer = peer
-        self.address = address
+        self._address = address
         self.queue = SendQueue(
             f"worker {peer}",
             direct_bytes=options.direct_bytes,
@@ -92,14 +92,14 @@ class Outgoing:
             return
         self._dials += 1
         try:
-            opened = open_socket(self.address, self._options)
+            opened = open_socket(self._address, self._options)
         except OSError as error:
             self._failed(LinkClosed(f"cannot open a socket for worker {self.peer}: {error.strerror}"))
             return
         self._socket = opened
         self._stage = _Stage.CHALLENGED
         self._heard = b""
-        code = opened.connect_ex(self.address.target)
+        code = opened.connect_ex(self._address.target)
         if code not in (0, errno.EINPROGRESS):
             self._failed(self._unreachable(code))
             return
@@ -110,12 +110,12 @@ class Outgoing:
 
     def _unreachable(self, code: int | None) -> LinkClosed:
         cause = os.strerror(code) if code else "it hung up during the hello"
-        return LinkClosed(f"cannot reach worker {self.peer} at {self.address.target!r}: {cause}")
+        return LinkClosed(f"cannot reach worker {self.peer} at {self._address.target!r}: {cause}")
 
     def _give_up(self, dial: int) -> None:
         if dial == self._dials and self._stage in (_Stage.CHALLENGED, _Stage.GREETED):
             limit = self._options.hello_limit_s
-            self._failed(LinkClosed(f"worker {self.peer} at {self.address.target!r} gave no answer within {limit} s"))
+            self._failed(LinkClosed(f"worker {self.peer} at {self._address.target!r} gave no answer within {limit} s"))
 
     def on_event(self, events: int) -> None:
         """Go on with the hello; once up, write what waits and watch for the hang-up."""
@@ -217,6 +217,13 @@ class Outgoing:
         """Dial if frames wait."""
         if self.queue.queued_bytes:
             self.dial()
+
+    def move(self, address: LinkAddress) -> None:
+        """The peer listens elsewhere now: a dial under way, or its pause, is given up for another; a link stays."""
+        self._address = address
+        if self._stage in (_Stage.CHALLENGED, _Stage.GREETED):
+            self._hang_up()
+        self.redial()
 
     def reset(self) -> None:
         """Close the connection and drop the frames that wait; the next frame dials anew."""

@@ -40,6 +40,7 @@ class Switchboard:
         self.failure: InvariantError | None = None
         self.sent = TrafficCounter()
         self.drained = on_drained
+        self.forgetting: set[WorkerId] = set()  # added to by any thread: no more reports until `forget`
         self._inbox = inbox
         self._payload_limit_bytes = payload_limit_bytes
         self._options = options
@@ -76,6 +77,7 @@ class Switchboard:
         if incoming is not None:
             incoming.close(self.loop, goodbye=True)
         self._down.discard(peer)
+        self.forgetting.discard(peer)
 
     def welcomed(self, peer: WorkerId, opened: socket.socket) -> None:
         """`peer` has dialled us: frames of its earlier connection come first, then it counts as broken."""
@@ -108,8 +110,7 @@ class Switchboard:
 
     def outgoing_ended(self, outgoing: Outgoing, ending: Ending) -> None:
         """The peer hung up."""
-        if outgoing is self._current(outgoing.peer):  # else it is being forgotten
-            self._break(outgoing.peer, ending)
+        self._break(outgoing.peer, ending)
 
     def _break(self, peer: WorkerId, ending: Ending) -> None:
         orderly = ending.orderly
@@ -125,6 +126,8 @@ class Switchboard:
         self._report(peer, ending.error, orderly=orderly)
 
     def _report(self, peer: WorkerId, error: PeerError, *, orderly: bool = False) -> None:
+        if peer in self.forgetting:
+            return
         self._down.add(peer)
         self._inbox.put(PeerClosed(peer=peer, error=error, orderly=orderly))
 

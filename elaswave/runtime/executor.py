@@ -1,13 +1,14 @@
 """Runs a worker's program in order, takes plans at any instruction, and does repair work before it waits."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from elaswave.core.events import RepairHop, WorkDone
-from elaswave.core.facts import LossScalars
+from elaswave.core.facts import LossScalars, NonFinite
 from elaswave.core.ids import Epoch, Layer, MicroBatch, Step, WorkerId
 from elaswave.core.plan import Hop, Plan, RouteTable
 from elaswave.core.protocol.state import EdgeKey, SumKey
@@ -45,8 +46,9 @@ class Executor:
         faults: FaultInjector,
         report_work: Callable[[WorkDone], None],
         grant: Callable[[WorkerId, EdgeKey], None] | None = None,
+        log_cap_bytes: int = 0,
     ) -> None:
-        """`grant` asks the peer of an unbuffered transport for a value; None: links buffer."""
+        """`grant` asks the peer of an unbuffered transport for a value; None: links buffer. `log_cap_bytes` 0: no cap."""
         self._shell = shell
         self._protocol = shell.protocol
         self._runner = runner
@@ -66,6 +68,9 @@ class Executor:
         self._extra: list[tuple[MicroBatch, Hop]] = []
         self.granted: set[EdgeKey] = set()
         self._asked: set[EdgeKey] = set()
+        self._log_cap_bytes = log_cap_bytes
+        self._logged: deque[tuple[EdgeKey, int]] = deque()
+        self._logged_bytes = 0
 
     # ------------------------------------------------------------------ plans and steps
 
@@ -137,7 +142,38 @@ class Executor:
         """Run one instruction, repair work first; False where everything waits for others."""
         if self._protocol.step != self._step:
             self.follow()
-        return self._run_extra() or self._run_program()
+        return self._replay() or self._run_extra() or self._run_program()
+
+    def _replay(self) -> bool:
+        """Make a value again that the capped log has dropped and somebody needs; its contribution is in already."""
+        for key, hop in self._protocol.replays.items():
+            if not self._protocol.layers_ready(hop.first, hop.last):
+                continue
+            hop_key = self._hop_key(key.micro_batch, hop)
+            forward = self._runner.forward(hop_key, *self._input(key.micro_batch, hop))
+            value = forward.output
+            if key.backward:
+                value = self._runner.backward(hop_key, self._gradient(key.micro_batch, hop)).input_gradient
+            elif not self._protocol.is_between(key.micro_batch, hop):
+                self._runner.discard(hop_key)
+            self._protocol.replayed(key, None if value is None else self._device.to_host(value))
+            self._shell.perform()
+            return True
+        return False
+
+    def _input(self, micro_batch: MicroBatch, hop: Hop) -> tuple[Tensor | None, NonFinite | None]:
+        """What came for the hop's forward pass; nothing for the first layer, whose samples are loaded."""
+        edge = self._protocol.input_of(micro_batch, hop.first, backward=False) if hop.first else None
+        if edge is None:
+            return None, None
+        return (edge.payload if isinstance(edge.payload, Tensor) else None), edge.non_finite
+
+    def _gradient(self, micro_batch: MicroBatch, hop: Hop) -> Tensor | None:
+        """What came for the hop's backward pass; nothing where it ends in the loss."""
+        if hop.last == self._protocol.job.shape.layers:
+            return None
+        edge = self._protocol.input_of(micro_batch, hop.last, backward=True)
+        return edge.payload if edge is not None and isinstance(edge.payload, Tensor) else None
 
     def _run_extra(self) -> bool:
         for found in self._extra:
@@ -218,30 +254,39 @@ class Executor:
 
     def _forward(self, micro_batch: MicroBatch, hop: Hop, *, recovery: bool = False) -> None:
         started = self._start_hop(micro_batch, backward=False, recovery=recovery)
-        edge = self._protocol.input_of(micro_batch, hop.first, backward=False) if hop.first else None
-        value = edge.payload if edge is not None else None
-        upstream = edge.non_finite if edge is not None else None
-        result = self._runner.forward(
-            self._hop_key(micro_batch, hop), value if isinstance(value, Tensor) else None, upstream
-        )
+        value, upstream = self._input(micro_batch, hop)
+        result = self._runner.forward(self._hop_key(micro_batch, hop), value, upstream)
         output = None if result.output is None else self._device.to_host(result.output)
         if result.loss is not None:
             self._losses[(self._step, micro_batch)] = result.loss
         self._protocol.forward_done(micro_batch, hop, output, result.non_finite)
+        self._log(micro_batch, hop.last, output, backward=False)
         self._end_hop(micro_batch, hop, started, backward=False, received=value)
 
     def _backward(self, micro_batch: MicroBatch, hop: Hop, *, recovery: bool = False) -> None:
         started = self._start_hop(micro_batch, backward=True, recovery=recovery)
         is_last = hop.last == self._protocol.job.shape.layers
-        edge = None if is_last else self._protocol.input_of(micro_batch, hop.last, backward=True)
-        value = edge.payload if edge is not None else None
-        result = self._runner.backward(self._hop_key(micro_batch, hop), value if isinstance(value, Tensor) else None)
+        value = self._gradient(micro_batch, hop)
+        result = self._runner.backward(self._hop_key(micro_batch, hop), value)
         for contribution in result.contributions:
             self._shell.accumulate(micro_batch, SumKey(self._step, contribution.layer, hop.epoch), contribution)
         gradient = None if result.input_gradient is None else self._device.to_host(result.input_gradient)
         loss = self._losses.pop((self._step, micro_batch)) if is_last else None
         self._protocol.backward_done(micro_batch, hop, gradient, loss)
+        self._log(micro_batch, hop.first, gradient, backward=True)
         self._end_hop(micro_batch, hop, started, backward=True, received=value)
+
+    def _log(self, micro_batch: MicroBatch, cut: Layer, value: Tensor | None, *, backward: bool) -> None:
+        """Count what the boundary log keeps; over the cap, drop the oldest values."""
+        if value is None or not self._log_cap_bytes:
+            return
+        self._logged.append((EdgeKey(self._step, micro_batch, cut, backward), value.nbytes))
+        self._logged_bytes += value.nbytes
+        while self._logged_bytes > self._log_cap_bytes and self._logged:
+            key, size = self._logged.popleft()
+            self._logged_bytes -= size
+            if key.step == self._step:
+                self._protocol.evict(key)
 
     def _start_hop(self, micro_batch: MicroBatch, *, backward: bool, recovery: bool) -> float:
         phase = "backward" if backward else "forward"

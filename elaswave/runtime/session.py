@@ -27,6 +27,7 @@ from elaswave.errors import DeadlineExceeded, JobError
 from elaswave.job import Job
 from elaswave.runtime.accumulation import accumulation_of
 from elaswave.runtime.agent_link import AgentLink, Delivery
+from elaswave.runtime.checkpoint import write_shards
 from elaswave.runtime.codec import FrameKind, Reader, Writer, bytes_of_tensor, decode_fact, tensor_of
 from elaswave.runtime.data import MicroBatchLoader
 from elaswave.runtime.description import describe_job
@@ -44,6 +45,7 @@ SETTINGS_LIMIT_S = 60.0
 WAIT_S = 0.5  # how often a waiting worker shows that it is alive
 PAYLOAD_LIMIT_BYTES = 8 << 30
 CLOSE_LIMIT_S = 5.0
+SAVE_LIMIT_S = 600.0  # an idle disk needs seconds; a shared file system may stall for minutes
 RESYNC_AFTER_S = 0.1
 
 Item = LinkItem | Plan | Injection | StopRequested | WorkerSettings
@@ -65,6 +67,7 @@ class Session:
         self._reported_ready = False
         self._reported_finished = False
         self._report_wanted = False
+        self._save_due: Step | None = None
 
     def _deliver(self, item: Delivery) -> None:
         self._inbox.put(item)
@@ -107,7 +110,8 @@ class Session:
 
     def _train(self, settings: WorkerSettings, address: str) -> None:
         description = describe_job(self._job)
-        layout = block_layout(description.layers)
+        layout = self._layout = block_layout(description.layers)
+        self._digest = description.digest
         start = find_start(self._job, description, layout, settings)
         self._agent.send(WorkerReady(worker=self._me, address=address, job=start.description, fingerprint=""))
         plan, first = self._await_admission()
@@ -162,6 +166,7 @@ class Session:
             faults=self._faults,
             report_work=self._agent.send,
             grant=self._grant if settings.unbuffered else None,
+            log_cap_bytes=settings.log_cap_bytes,
         )
         self._gather = FinalGather(self._protocol, self._model, start.layout, self._ask_layer, self._send_layer)
         self._links.set_addresses(_addresses(plan, self._me))
@@ -187,6 +192,8 @@ class Session:
                 self._handle(item)
             if items:
                 self._executor.follow()
+            if self._save_due is not None:
+                self._save(self._save_due)
             if self._report_wanted:
                 self._send_report()
             if self._left or self._executor.turn():
@@ -282,6 +289,7 @@ class Session:
             text = self._job.on_step(result)
             if text and self._me == min(self._protocol.plan.ids):
                 self._agent.send(UserLine(worker=self._me, text=text))
+        self._note_save(Step(decision.step + 1))
         plan = self._protocol.plan
         self._report_wanted = self._report_wanted or self._protocol.step >= self._job.steps
         self._report_wanted = (
@@ -289,6 +297,36 @@ class Session:
             or bool(plan.queries)
             or any(self._me in group.joining or self._me in group.catch_up for group in plan.groups)
         )
+
+    def _note_save(self, version: Step) -> None:
+        """Which steps are saved is a function of the step number, so that it needs no agreement."""
+        settings = self._settings
+        if settings is not None and settings.save_every and settings.save_dir:
+            if version % settings.save_every == 0 or version == self._job.steps:
+                self._save_due = version
+
+    def _save(self, version: Step) -> None:
+        """Write the shards that are owned here; without all owners' parts the controller does not make an index."""
+        self._save_due = None
+        plan, copies = self._protocol.plan, self._protocol.copies
+        mine = {
+            shard: state
+            for shard, state in self._shell.states.items()
+            if plan.groups[shard].owner == self._me and copies.get(shard) == version
+        }
+        if not mine or self._settings is None:
+            return
+        with self._agent.progress.long_operation(SAVE_LIMIT_S):
+            written = write_shards(
+                Path(self._settings.save_dir),
+                version,
+                self._me,
+                mine,
+                shape=self._protocol.job.shape,
+                layout=self._layout,
+                job_digest=self._digest,
+            )
+        self._agent.send(written)
 
     def _finish_up(self) -> None:
         """After the last step: say so once everything is here, and help with the digest, if one is wanted."""
@@ -342,4 +380,3 @@ def worker_of_environment(environment: Mapping[str, str] = os.environ) -> tuple[
     if socket is None or worker is None:
         return None
     return socket, WorkerId(int(worker))
-

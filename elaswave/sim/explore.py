@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from elaswave.core.ids import ShardId, Step, WorkerId
 from elaswave.core.planner.context import Reports, supersede
 from elaswave.core.planner.copies import StateIsGone, advance_copies, resolve_queries
-from elaswave.core.planner.join import plan_join, plan_routes
+from elaswave.core.planner.join import may_bring, may_return, plan_join, plan_routes
 from elaswave.core.planner.loss import plan_loss
 from elaswave.core.protocol.worker import StepProtocol
 from elaswave.sim.scene import Scene
@@ -27,6 +27,7 @@ def forced_actions(world: World) -> list[Action]:
     if world.over:
         return []
     found = [Action("deliver", link) for link in world.net]
+    found += [Action("lose", link) for link in world.net if link[0] in world.down]
     for index in range(world.scene.workers + world.scene.spares):
         if not world.up(index):
             continue
@@ -60,14 +61,15 @@ def _controller_actions(world: World) -> list[Action]:
     done = (reports.get(worker) for worker in plan.ids)
     if all(report is not None and report.finished and report.epoch == plan.epoch for report in done):
         found.append(Action("finish"))
-    if resolve_queries(world.context, plan, reports) is not None:
-        found.append(Action("facts"))
+    answer = resolve_queries(world.context, plan, reports)
+    if answer is not None:
+        if not (isinstance(answer, StateIsGone) and _may_be_brought(world, answer)):
+            found.append(Action("facts"))
     elif advance_copies(world.context, plan, reports, world.swaps) is not None:
         found.append(Action("copies"))
-    if not plan.queries:
-        found += [Action("admit", (index,)) for index in _warm(world)]
-        if world.uneven and _joined(world):
-            found.append(Action("routes", (1,)))
+    found += [Action("admit", (index,)) for index in _warm(world)]
+    if not plan.queries and world.uneven and _joined(world):
+        found.append(Action("routes", (1,)))
     return found
 
 
@@ -78,10 +80,22 @@ def _reports(world: World) -> Reports:
 def _warm(world: World) -> Iterable[int]:
     """Live workers that the plan does not count on and that may come in: suspects come back, spares fill gaps."""
     for index in range(world.scene.workers + world.scene.spares):
-        if world.up(index) and index not in world.plan.ids:
-            suspect = index in world.ever_excluded
-            if suspect or len(world.plan.ids) < world.scene.workers:
+        if not world.up(index) or index in world.plan.ids:
+            continue
+        if index not in world.workers:
+            if not world.plan.queries and len(world.plan.ids) < world.scene.workers:
                 yield index
+        elif may_return(world.plan, world.reports, WorkerId(index), _fastest(world)):
+            yield index
+
+
+def _may_be_brought(world: World, gone: StateIsGone) -> bool:
+    outside = [WorkerId(index) for index in world.workers if world.up(index) and index not in world.plan.ids]
+    return any(may_bring(world.plan, world.reports, worker, gone.shards, _fastest(world)) for worker in outside)
+
+
+def _fastest(world: World) -> Step:
+    return max(world.step_known(index) for index in world.plan.ids)
 
 
 def _joined(world: World) -> bool:
@@ -128,6 +142,8 @@ def act(world: World, action: Action) -> None:
             world.adopt(args[0])
         case "hear":
             world.hear(args[0])
+        case "lose":
+            world.lose(args[0], args[1])
         case "resync":
             world.resync(args[0], args[1])
         case "crash":
@@ -213,7 +229,7 @@ def _admit(world: World, index: int) -> None:
 
 def _deal_evenly(world: World, lead: int) -> None:
     """Announce even routes, `lead` steps ahead of the highest step known."""
-    first_step = Step(max(world.step_known(index) for index in world.plan.ids) + lead)
+    first_step = Step(_fastest(world) + lead)
     world.version += 1
     world.uneven = False
     world.joining = frozenset()
@@ -265,7 +281,7 @@ class _Chooser:
 
     def __init__(self, scene: Scene, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.hostility = self.rng.choice((0.01, 0.03, 0.08, 0.2))
+        self.hostility = self.rng.choice((0.01, 0.01, 0.03, 0.03, 0.08, 0.2))
         count = scene.workers + scene.spares
         self.speed = [self.rng.choice((1.0, 1.0, 1.0, 0.1, 0.02)) for _ in range(count)]
         control = self.rng.choice((1.0, 1.0, 0.2, 0.05))

@@ -222,11 +222,16 @@ class World:
             self._perform(index)
 
     def crash(self, index: int) -> None:
-        """The worker dies with everything that it had in flight."""
+        """The worker dies. What was under way to it is lost; of what it had sent, a part may still arrive."""
         self.version += 1
         self.down |= {index}
         self.ever_excluded |= {index}
-        self.net = {link: queue for link, queue in self.net.items() if index not in link}
+        self.early.pop(index, None)
+        self.net = {link: queue for link, queue in self.net.items() if link[1] != index}
+
+    def lose(self, source: int, target: int) -> None:
+        """The rest of what a dead worker had sent never arrives."""
+        del self.net[(source, target)]
 
     # ------------------------------------------------------------------ links
 

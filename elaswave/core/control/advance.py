@@ -1,14 +1,16 @@
 """What follows from reports without a new failure: copies, joins, even routes, the end (rules 5.3, 6, 7.4, 4.11)."""
 
+from collections.abc import Iterable
+
 from elaswave.core.control.state import END_LIMIT_S, ControllerState
 from elaswave.core.events import RestartAll
-from elaswave.core.ids import Step, WorkerId
+from elaswave.core.ids import ShardId, Step, WorkerId
 from elaswave.core.incidents import OpenIncident, hops_of_step
-from elaswave.core.membership import Trigger, WorkerState
+from elaswave.core.membership import Trigger, WorkerRecord, WorkerState
 from elaswave.core.plan import Plan
 from elaswave.core.planner.context import supersede
 from elaswave.core.planner.copies import StateIsGone, advance_copies, resolve_queries
-from elaswave.core.planner.join import plan_join, plan_routes
+from elaswave.core.planner.join import may_bring, may_return, plan_join, plan_routes
 
 ROUTE_LEAD_STEPS = 2
 """Announced routes begin this many steps ahead of the highest reported one; late is legal but costs work."""
@@ -44,10 +46,7 @@ class AdvanceControl(ControllerState):
         return answer is not None
 
     def _fall_back(self, gone: StateIsGone) -> None:
-        _, plan = self.need_plan()
-        holders = {w for shard in gone.shards for w in plan.groups[shard].everyone}
-        suspects = [r for r in self.workers.values() if r.state is WorkerState.SUSPECTED]
-        if suspects and not holders:
+        if any(self._may_bring(record, gone.shards) for record in self.workers.values()):
             return
         text = f"owner and all replicas of {len(gone.shards)} shards are lost"
         if self.committed or (self.job is not None and self.job.resume_from):
@@ -70,14 +69,30 @@ class AdvanceControl(ControllerState):
         self.persist(made)
         return True
 
-    def _admit(self) -> bool:
-        """Warm workers take the place of lost ones."""
-        context, plan = self.need_plan()
-        missing = self.config.layout_workers - len(plan.ids)
+    def _may_bring(self, record: WorkerRecord, shards: Iterable[ShardId]) -> bool:
+        """A suspect holds, or may hold, the only copy: it is back or fenced before long (rule 5.3)."""
+        _, plan = self.need_plan()
+        outside = record.admitted_once and record.worker not in plan.ids
+        alive = record.state in (WorkerState.SUSPECTED, WorkerState.WARM)
+        return outside and alive and may_bring(plan, self.reports, record.worker, shards, self.fastest_step())
+
+    def _candidates(self) -> list[WorkerRecord]:
+        """Warm workers that may come in now, as many as are missing; where copies are sought, whoever may bring one."""
+        _, plan = self.need_plan()
+        fastest = self.fastest_step()
         warm = [record for record in self.workers.values() if record.state is WorkerState.WARM]
-        if missing <= 0 or not warm or plan.queries:
+        back = [r for r in warm if r.admitted_once and may_return(plan, self.reports, r.worker, fastest)]
+        if plan.queries:
+            return [record for record in back if self._may_bring(record, plan.queries)]
+        missing = self.config.layout_workers - len(plan.ids)
+        return [record for record in warm if not record.admitted_once or record in back][: max(0, missing)]
+
+    def _admit(self) -> bool:
+        """Warm workers take the place of lost ones; suspects that were alive come back."""
+        context, plan = self.need_plan()
+        joiners = self._candidates()
+        if not joiners:
             return False
-        joiners = warm[:missing]
         names = ", ".join(record.name for record in joiners)
         joined = plan_join(context, plan, tuple(record.member() for record in joiners), f"{names} joins")
         for record in joiners:

@@ -57,6 +57,8 @@ class JobEvents(LifecycleControl):
         self.next_step = Step(step + 1)
         self.step_seconds.append(seconds)
         self.effects.append(StepRecorded(result=event.result, seconds=seconds))
+        if self.plan is not None and len(self.plan.ids) < self.config.layout_workers:
+            self.advance()  # a suspect that was ahead of everybody may come back now
         self._close_incidents()
 
     # ------------------------------------------------------------------ incidents

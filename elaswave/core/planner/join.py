@@ -1,12 +1,13 @@
 """Joining workers: host a stage, fetch copies, then take routes from an announced step on (rules 6, 7.4)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from elaswave.core.ids import Epoch, ShardId, Step, WorkerId
 from elaswave.core.layout import Stage
 from elaswave.core.placement import Placement
 from elaswave.core.plan import Group, Member, Plan, RouteTable
-from elaswave.core.planner.context import PlanningContext, prune_tables, supersede
+from elaswave.core.planner.context import PlanningContext, Reports, prune_tables, supersede
 from elaswave.core.planner.initial import stage_hosts
 from elaswave.core.planner.loss import restore_replicas
 from elaswave.core.routes import balanced_routes
@@ -85,6 +86,19 @@ def plan_routes(context: PlanningContext, plan: Plan, first_step: Step, slowest:
     return supersede(plan, reason, tables=(*kept, table))
 
 
-def plan_readmission(context: PlanningContext, plan: Plan, back: Member, reason: str) -> JoinPlan:
-    """A suspect that was alive comes back: as a joiner, its old copies are catch-up copies (rule 5.6)."""
-    return plan_join(context, plan, (back,), reason)
+def may_return(plan: Plan, reports: Reports, worker: WorkerId, fastest: Step) -> bool:
+    """A suspect that is alive may be let in again, as a joiner (rule 5.6).
+
+    It has adopted the newest plan, and knows of no decision that no member knows of: `fastest` is the highest step of
+    the members. It may have decided a step in an old view, without copies that were confirmed since.
+    """
+    report = reports.get(worker)
+    return report is not None and report.epoch == plan.epoch and report.step <= fastest
+
+
+def may_bring(plan: Plan, reports: Reports, worker: WorkerId, shards: Iterable[ShardId], fastest: Step) -> bool:
+    """The return of a suspect may bring a copy of one of `shards` back; it counts as long as it has not told."""
+    report = reports.get(worker)
+    if report is None or report.epoch < plan.epoch:
+        return True
+    return any(shard in report.versions for shard in shards) and may_return(plan, reports, worker, fastest)

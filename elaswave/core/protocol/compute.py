@@ -39,6 +39,10 @@ class ComputeProtocol(ProtocolState):
             return False
         return hop.last == self.job.shape.layers or self._edge_key(micro_batch, hop.last, backward=True) in self.inputs
 
+    def is_between(self, micro_batch: MicroBatch, hop: Hop) -> bool:
+        """The forward pass has run here and its backward pass is still to come."""
+        return self._hop_key(micro_batch, hop) in self.forwards
+
     def contributed(self, micro_batch: MicroBatch, hop: Hop) -> bool:
         """The hop's contribution is in the accumulators of its assignment epoch (deduplicated inside them only)."""
         mask = self.coverage.get(SumKey(self.step, hop.first, hop.epoch), 0)
@@ -56,7 +60,7 @@ class ComputeProtocol(ProtocolState):
         """The forward pass of `hop` has run; `output` is the input of layer hop.last, unused behind the last layer."""
         self.forwards[self._hop_key(micro_batch, hop)] = None
         if hop.last < self.job.shape.layers:
-            self._produce(self._edge_key(micro_batch, hop.last, backward=False), Edge(output, non_finite))
+            self._produce(self._edge_key(micro_batch, hop.last, backward=False), Edge(output, non_finite, hop))
 
     def backward_done(
         self, micro_batch: MicroBatch, hop: Hop, input_gradient: Payload, loss: LossScalars | None = None
@@ -72,7 +76,7 @@ class ComputeProtocol(ProtocolState):
             if loss is not None and layer == self.job.shape.layers - 1:
                 self.losses[key] = self.losses.get(key, LossScalars()) + loss
         if hop.first > 0:
-            self._produce(self._edge_key(micro_batch, hop.first, backward=True), Edge(input_gradient))
+            self._produce(self._edge_key(micro_batch, hop.first, backward=True), Edge(input_gradient, None, hop))
         for layer in range(hop.first, hop.last):
             self.send_partials(SumKey(self.step, Layer(layer), hop.epoch))
 
@@ -90,11 +94,27 @@ class ComputeProtocol(ProtocolState):
         maker = maker_of(self.plan.route(key.step, key.micro_batch), key)
         if maker is None:
             return
+        if edge.evicted:
+            if edge.hop is not None:
+                self.replays[key] = edge.hop
+            return
         if key.backward:
             fact: Activation | Gradient = Gradient(step=key.step, micro_batch=key.micro_batch, cut=key.cut)
         else:
             fact = Activation(step=key.step, micro_batch=key.micro_batch, cut=key.cut, non_finite=edge.non_finite)
         self.effects.append(Send(to=maker, fact=fact, payload=edge.payload))
+
+    def evict(self, key: EdgeKey) -> None:
+        """The log may not keep this value any longer; if somebody needs it again, its hop is run again."""
+        edge = self.log.get(key)
+        if edge is not None:
+            self.log[key] = Edge(None, edge.non_finite, edge.hop, evicted=True)
+
+    def replayed(self, key: EdgeKey, payload: Payload) -> None:
+        """The hop behind an evicted value has been run again, its contribution left out: send the value."""
+        edge = self.log.get(key)
+        if self.replays.pop(key, None) is not None and edge is not None:
+            self._send_edge(key, Edge(payload, edge.non_finite, edge.hop))
 
     def receive_edge(self, fact: Activation | Gradient, payload: Payload) -> None:
         """Keep it, whoever it is for in this worker's view (rules 3.4, 3.5); a second one changes nothing."""

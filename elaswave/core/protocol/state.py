@@ -5,7 +5,7 @@ from typing import Self
 
 from elaswave.core.facts import Decision, Fact, LossScalars, NonFinite, ShardScalars
 from elaswave.core.ids import Coverage, Epoch, Layer, MicroBatch, ShardId, Step, WorkerId
-from elaswave.core.plan import Group, Plan, Route
+from elaswave.core.plan import Group, Hop, Plan, Route
 from elaswave.core.protocol.effects import Effect, Payload
 from elaswave.core.shape import ModelShape
 
@@ -22,10 +22,12 @@ class EdgeKey:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """The value at an edge."""
+    """The value at an edge. In the log, `hop` is the work that made it; once evicted, the payload is gone."""
 
     payload: Payload
     non_finite: NonFinite | None = None
+    hop: Hop | None = None
+    evicted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class JobFacts:
 
 
 _FLAT = (
-    "parameters", "early_parameters", "copies", "inputs", "log", "forwards", "coverage", "losses", "combining",
+    "parameters", "early_parameters", "copies", "inputs", "log", "replays", "forwards", "coverage", "losses", "combining",
     "reduced", "sent_partials", "sent_reduced", "decisions", "asked", "state_requests",
 )  # fmt: skip
 """Dictionaries of immutable values."""
@@ -100,6 +102,7 @@ class ProtocolState:
         self.copies: dict[ShardId, int] = {}
         self.inputs: dict[EdgeKey, Edge] = {}
         self.log: dict[EdgeKey, Edge] = {}
+        self.replays: dict[EdgeKey, Hop] = {}
         self.forwards: dict[HopKey, None] = {}
         self.coverage: dict[SumKey, Coverage] = {}
         self.losses: dict[SumKey, LossScalars] = {}
@@ -175,6 +178,7 @@ class ProtocolState:
 def forget_steps_before(state: ProtocolState, step: Step) -> None:
     """Drop what belongs to steps decided here; reduced gradients stay until the copy here has applied them."""
     state.inputs = {key: edge for key, edge in state.inputs.items() if key.step >= step}
+    state.replays = {key: hop for key, hop in state.replays.items() if key.step >= step}
     state.log = {key: edge for key, edge in state.log.items() if key.step >= step}
     state.forwards = {key: None for key in state.forwards if key.step >= step}
     state.coverage = {key: mask for key, mask in state.coverage.items() if key.step >= step}
