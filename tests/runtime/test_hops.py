@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -69,6 +70,48 @@ def test_how_a_value_lies_in_memory_does_not_show(
 def test_strides_at_dimensions_of_length_one_do_not_show() -> None:
     bench = Bench(small_job(micro_batch=1))
     assert same_bits(bench.run((1, 2, 3), carry=odd_stride_of_one), bench.run())
+
+
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    return (*tensor.stride(), tensor.data_ptr() % 64)
+
+
+class SeesMemory(torch.autograd.Function):
+    """A kernel that notices how its input, and in backward its gradient, lie in memory."""
+
+    seen: ClassVar[list[tuple[object, ...]]] = []
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        SeesMemory.seen.append(memory_of(value))
+        # Gives what lies in memory otherwise, and so does its backward pass.
+        return strided(misaligned(value))
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        SeesMemory.seen.append(memory_of(gradient))
+        return strided(misaligned(gradient))
+
+
+class Sensitive(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return SeesMemory.apply(value)
+
+
+@pytest.mark.parametrize("carry", [misaligned, strided, torch.clone])
+@pytest.mark.parametrize("cuts", [(), (1, 2, 3), (2,)])
+def test_layers_see_rows_in_order_and_aligned(cuts: tuple[int, ...], carry: Callable[[Tensor], Tensor]) -> None:
+    bench = Bench(small_job(layers=[PlainEmbedding, Sensitive, Sensitive, lambda: nn.Linear(16, 32)]))
+    SeesMemory.seen.clear()
+    bench.run(cuts, carry=carry)
+    assert SeesMemory.seen == [(128, 16, 1, 0)] * 4
+
+
+def test_numerics_are_configured() -> None:
+    torch.set_num_threads(2)
+    configure_numerics()
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
