@@ -127,9 +127,7 @@ class CheckpointReader:
             rows[:, start - shard.start : stop - shard.start] = source[:, start - part.start : stop - part.start]
             filled += stop - start
         if filled != shard.elements:
-            raise ConfigError(
-                f"checkpoint {self.folder}: {filled} of {shard.elements} elements of {shard} are there: give another one"
-            )
+            raise ConfigError(f"checkpoint {self.folder}: {filled} of {shard.elements} elements of {shard} are there")
         return ShardState(rows)
 
     def _load(self, part: _Part) -> Tensor:

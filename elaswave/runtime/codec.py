@@ -35,10 +35,9 @@ class FrameKind(IntEnum):
     STATE_REQUEST = 9
     STATE = 10
     GRANT = 20
-    LAYER_REQUEST = 21
-    LAYER = 22
-    SNAPSHOT_REQUEST = 23
-    SNAPSHOT = 24
+    BLOCK_REQUEST = 21
+    BLOCK = 22
+    SNAPSHOT = 23
 
 
 _DTYPES = (

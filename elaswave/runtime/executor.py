@@ -48,7 +48,7 @@ class Executor:
         grant: Callable[[WorkerId, EdgeKey], None] | None = None,
         log_cap_bytes: int = 0,
     ) -> None:
-        """`grant` asks the peer of an unbuffered transport for a value; None: links buffer. `log_cap_bytes` 0: no cap."""
+        """`grant` asks the peer of an unbuffered transport for a value; None: links buffer. `log_cap_bytes`: 0 none."""
         self._shell = shell
         self._protocol = shell.protocol
         self._runner = runner

@@ -1,91 +1,92 @@
-"""After the last step, one worker takes the digest over all parameters, layer by layer, from the hosts."""
+"""The whole model's parameters at one version on one worker, block by block from the hosts."""
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from elaswave.core.ids import Layer, WorkerId
+from elaswave.core.ids import BlockId, WorkerId
 from elaswave.core.plan import Plan
 from elaswave.core.protocol.worker import StepProtocol
-from elaswave.core.parameters import BlockLayout
-from elaswave.runtime.description import bytes_of
-from elaswave.runtime.model import HostedModel, view_of
+from elaswave.runtime.model import HostedModel
 
-SendRequest = Callable[[WorkerId, Layer], None]
-SendLayer = Callable[[WorkerId, Layer, Tensor], None]
+SendRequest = Callable[[WorkerId, int, BlockId], None]
+SendBlock = Callable[[WorkerId, int, BlockId, Tensor], None]
 
 
-class FinalGather:
-    """Digest of a job's parameters at the last version. The lowest member collects, whoever that is under the newest
-    plan; hosts answer once their layer is at the last version."""
+class BlockGather:
+    """Asks for blocks and answers those who ask. Answers wait until the block is at the wanted version here.
+
+    A version can be gathered while no later one can be decided without this worker: after the last step, or while it
+    holds back its own part of the next one.
+    """
 
     def __init__(
-        self,
-        protocol: StepProtocol,
-        model: HostedModel,
-        layout: BlockLayout,
-        send_request: SendRequest,
-        send_layer: SendLayer,
+        self, protocol: StepProtocol, model: HostedModel, send_request: SendRequest, send_block: SendBlock
     ) -> None:
         self._protocol = protocol
         self._model = model
-        self._layout = layout
         self._send_request = send_request
-        self._send_layer = send_layer
-        self._layers = [Layer(layer) for layer in range(protocol.job.shape.layers)]
-        self._parts: dict[Layer, Tensor] = {}
-        self._asked: dict[Layer, WorkerId] = {}
-        self._requests: list[tuple[WorkerId, Layer]] = []
-        self._done = False
+        self._send_block = send_block
+        self._wanted: int | None = None
+        self._parts: dict[BlockId, Tensor] = {}
+        self._asked: dict[BlockId, WorkerId] = {}
+        self._requests: list[tuple[WorkerId, int, BlockId]] = []
 
-    def requested(self, source: WorkerId, layer: Layer) -> None:
-        """`source` wants a layer; it is sent when it is complete here."""
-        self._requests.append((source, layer))
+    @property
+    def wanted(self) -> int | None:
+        """The version that is being gathered."""
+        return self._wanted
 
-    def received(self, layer: Layer, data: Tensor) -> None:
-        """A layer's bytes have come."""
-        self._parts.setdefault(layer, data)
+    def want(self, version: int) -> None:
+        """Begin to gather this version."""
+        self._wanted = version
+        self._parts, self._asked = {}, {}
 
-    def turn(self, plan: Plan) -> str | None:
-        """Go on as far as possible; the digest, once, on the worker that collects."""
-        for request in [request for request in self._requests if self._complete(request[1])]:
+    def requested(self, source: WorkerId, version: int, block: BlockId) -> None:
+        """`source` wants a block."""
+        self._requests.append((source, version, block))
+
+    def received(self, version: int, block: BlockId, data: Tensor) -> None:
+        """A block has come."""
+        if version == self._wanted:
+            self._parts.setdefault(block, data)
+
+    def answer(self) -> None:
+        """Send what others wait for and is complete here."""
+        for request in [request for request in self._requests if self._version_here(request[2]) >= request[1]]:
             self._requests.remove(request)
-            self._send_layer(request[0], request[1], self._bytes_of(request[1]))
-        if self._done or self._protocol.step < self._protocol.job.steps or min(plan.ids) != self._protocol.me:
+            source, version, block = request
+            if self._version_here(block) == version:
+                self._send_block(source, version, block, self._model.block(block))
+
+    def collect(self, plan: Plan) -> dict[BlockId, Tensor] | None:
+        """All blocks of the wanted version once they are here, else None; asks whoever hosts them under this plan."""
+        shape = self._protocol.job.shape
+        for index, block in enumerate(shape.blocks):
+            number = BlockId(index)
+            if number in self._parts:
+                continue
+            if not block.elements:
+                self._parts[number] = torch.empty(0)
+            elif self._version_here(number) == self._wanted:
+                self._parts[number] = self._model.block(number)
+            else:
+                hosts = {host for layer in block.layers for host in plan.hosts_of_layer.get(layer, ())}
+                self._ask(number, sorted(hosts - {self._protocol.me}))
+        if len(self._parts) < len(shape.blocks):
             return None
-        for layer in self._layers:
-            self._fetch(layer, plan)
-        if len(self._parts) < len(self._layers):
-            return None
-        self._done = True
-        digest = hashlib.sha256()
-        for layer in self._layers:
-            digest.update(self._parts.pop(layer).numpy().data)
-        return digest.hexdigest()
+        parts, self._parts, self._wanted = self._parts, {}, None
+        return parts
 
-    def _fetch(self, layer: Layer, plan: Plan) -> None:
-        if layer in self._parts:
-            return
-        hosts = plan.hosts_of_layer.get(layer, ())
-        if self._protocol.me in hosts:
-            if self._complete(layer):
-                self._parts[layer] = self._bytes_of(layer)
-        elif hosts and self._asked.get(layer) not in hosts:
-            self._asked[layer] = hosts[0]
-            self._send_request(hosts[0], layer)
+    def _ask(self, block: BlockId, hosts: list[WorkerId]) -> None:
+        if hosts and self._asked.get(block) not in hosts and self._wanted is not None:
+            self._asked[block] = hosts[0]
+            self._send_request(hosts[0], self._wanted, block)
 
-    def _complete(self, layer: Layer) -> bool:
-        last = self._protocol.job.steps
-        shards = self._protocol.job.shape.shards_of_layer[layer]
-        hosted = layer in self._model.layers
-        return hosted and all(self._protocol.parameters.get(shard) == last for shard in shards)
-
-    def _bytes_of(self, layer: Layer) -> Tensor:
-        """What runtime.digest hashes of this layer: for each parameter its heading, then its values."""
-        data = bytearray()
-        for name, place in self._layout.of_layer(layer).items():
-            data += f"{layer} {name}\n".encode()
-            data += bytes_of(view_of(self._model.block(place.block), place))
-        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    def _version_here(self, block: BlockId) -> int:
+        """Lowest version of the block's parameters here; -1 where it is not hosted."""
+        if not self._model.hosts_block(block):
+            return -1
+        shards = self._protocol.job.shape.shards_of_block[block]
+        return min(self._protocol.parameters.get(shard, -1) for shard in shards)

@@ -57,7 +57,9 @@ class ShellParts:
 class ProtocolShell:
     """Tensors of one worker by the protocol's keys: accumulators, copies of shards, hosted parameters."""
 
-    def __init__(self, parts: ShellParts, states: dict[ShardId, ShardState], on_phase: OnPhase, on_decided: OnDecided):
+    def __init__(
+        self, parts: ShellParts, states: dict[ShardId, ShardState], on_phase: OnPhase, on_decided: OnDecided
+    ) -> None:
         self._parts = parts
         self.protocol = parts.protocol
         self.states = states

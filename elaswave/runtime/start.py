@@ -55,7 +55,8 @@ def find_start(job: Job, description: JobDescription, layout: BlockLayout, setti
     reader = CheckpointReader.open(Path(settings.resume_from), job, layout)
     if reader.step >= job.steps:
         raise ConfigError(
-            f"checkpoint {settings.resume_from} is at step {reader.step} of {job.steps}: nothing is left; ask for more steps"
+            f"checkpoint {settings.resume_from} is at step {reader.step} of {job.steps}: "
+            "nothing is left to do, ask for more steps"
         )
     resumed = replace(description, start_step=reader.step, resume_from=settings.resume_from)
     return Start(job=job, description=resumed, layout=layout, checkpoint=reader)
