@@ -1,7 +1,6 @@
 """Loop: the one thread that waits for all sockets of a worker's links."""
 
 import heapq
-import math
 import os
 import select
 import signal
@@ -13,7 +12,12 @@ from collections.abc import Callable
 from itertools import count
 from typing import Protocol
 
+from elaswave.comm.alarm import Alarm
+
 EVENTS_PER_TURN = 64
+# Between two waits of a consumer that answers frame by frame lie some 10 to 100 us, in which the daemon must not wake;
+# a consumer that computes takes milliseconds. docs/links.md has what it brings.
+GRACE_S = 0.0005
 
 Command = Callable[[], None]
 
@@ -29,8 +33,8 @@ class Loop:
     """epoll, timers, and commands of other threads, run by one daemon thread.
 
     A thread that has nothing to do but wait for what the loop brings may lead instead (`lead`, `turn`, `follow`): it
-    then runs the turns itself and the daemon sleeps, which saves each message a change of thread. Turns exclude one
-    another.
+    then runs the turns itself and the daemon sleeps, which saves each message a change of thread. The daemon takes over
+    once nobody has led for GRACE_S. Turns exclude one another.
 
     `watch`, `unwatch` and `call_at` are for whoever runs the turn; `call_soon`, `wake` and `rearm` for any thread. A
     socket given to `unwatch` is closed at the end of the turn, so that no event of that turn can meet another socket of
@@ -49,8 +53,9 @@ class Loop:
         self._wake_lock = threading.Lock()
         self._wake_fd = -1  # -1: not running, nobody to wake
         self._epoll: select.epoll | None = None  # all sockets, and the wake-up
-        self._daemon_epoll: select.epoll | None = None  # the other epoll, unless somebody else leads
-        self._asleep_until = math.inf  # time.monotonic() at which the daemon looks for timers by itself
+        self._daemon_epoll: select.epoll | None = None  # the alarm, and the other epoll while the daemon serves
+        self._daemon_serves = True
+        self._grace = Alarm(GRACE_S)
         self._thread: threading.Thread | None = None
         self._ending = False
 
@@ -60,6 +65,7 @@ class Loop:
         wake_fd = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         epoll.register(wake_fd, select.EPOLLIN)
         daemon_epoll.register(epoll, select.EPOLLIN)
+        daemon_epoll.register(self._grace.open(), select.EPOLLIN)
         self._epoll, self._daemon_epoll = epoll, daemon_epoll
         self._wake_fd = wake_fd
         # A daemon: a worker that ends without close() must not hang in its exit.
@@ -85,18 +91,16 @@ class Loop:
         if self._daemon_epoll is None or self._epoll is None or self._ending:
             self._turn_lock.release()
             return False
-        # Not modify(0): a nested epoll wakes the waiter inside the kernel whatever it waits for.
-        self._daemon_epoll.unregister(self._epoll)
+        if self._daemon_serves:
+            # Not modify(0): a nested epoll wakes the waiter inside the kernel whatever it waits for.
+            self._daemon_epoll.unregister(self._epoll)
+            self._daemon_serves = False
         return True
 
     def follow(self) -> None:
-        """Give the turns back to the daemon."""
-        if self._daemon_epoll is not None and self._epoll is not None:
-            self._daemon_epoll.register(self._epoll, select.EPOLLIN)
-        overslept = self._ending or (bool(self._timers) and self._timers[0][0] < self._asleep_until)
+        """Stop leading; the daemon takes over unless somebody leads again soon."""
+        self._grace.set()
         self._turn_lock.release()
-        if overslept:
-            self.wake()
 
     def call_soon(self, command: Command) -> None:
         """Have `command` run in a turn; dropped if the loop has ended. Any thread; never blocks."""
@@ -140,15 +144,25 @@ class Loop:
     def _run(self, daemon_epoll: select.epoll) -> None:
         # Signals are for the main thread, which could not be woken by one that lands here.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        timeout: float | None = 0.0
         while not self._ending:
-            with self._turn_lock:
-                self._asleep_until = self._timers[0][0] if self._timers else math.inf
-                timeout = self._timeout()
             daemon_epoll.poll(timeout)
-            with self._turn_lock:
-                self.turn(0.0)
+            timeout = None
+            if self._turn_lock.acquire(blocking=False):  # else somebody leads, and sets the alarm when it ends
+                try:
+                    self._serve(daemon_epoll)
+                    timeout = self._timeout()
+                finally:
+                    self._turn_lock.release()
         with self._turn_lock:
             self._finish()
+
+    def _serve(self, daemon_epoll: select.epoll) -> None:
+        self._grace.clear()
+        if not self._daemon_serves and self._epoll is not None:
+            daemon_epoll.register(self._epoll, select.EPOLLIN)
+            self._daemon_serves = True
+        self.turn(0.0)
 
     def turn(self, limit_s: float, on_wake: Command | None = None) -> bool:
         """Wait for events for at most `limit_s` seconds, call `on_wake`, handle what is due; False if the loop ends.
@@ -196,6 +210,7 @@ class Loop:
             if epoll is not None:
                 epoll.close()
         self._epoll = self._daemon_epoll = None
+        self._grace.close()
 
     def _timeout(self) -> float | None:
         if not self._timers:

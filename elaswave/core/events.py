@@ -294,7 +294,7 @@ class Incident:
     repair: adopted to the last moved hop done. resume: last sign of life to the first moved hop begun elsewhere.
     delay: the step's time less the median.
     dead_hops: hops that the lost workers had begun or finished in the step; redone_hops: those of them run again;
-    step_hops: all hops of the step.
+    step_hops: all hops of the step. The first two count hops of one micro-batch and direction on one worker once.
     """
 
     epoch: Epoch

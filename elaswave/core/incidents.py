@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from elaswave.core.events import Incident, Progress, WorkDone
-from elaswave.core.ids import Epoch, Step, WorkerId
+from elaswave.core.ids import Epoch, MicroBatch, Step, WorkerId
 from elaswave.core.plan import Plan
 
 _RECENT_STEPS = 50  # enough for a steady median, short enough to follow a changed layout
@@ -31,7 +31,7 @@ class OpenIncident:
     edited_at: float | None = None
     repaired_at: float | None = None
     resumed_at: float | None = None
-    redone: int = 0
+    redone: set[tuple[int, MicroBatch, bool]] = field(default_factory=set)
     bytes_moved: int = 0
 
     def adopted_by(self, worker: WorkerId, now: float, plan: Plan) -> None:
@@ -47,12 +47,10 @@ class OpenIncident:
             self.resumed_at = min(self.resumed_at or done.first_start, done.first_start)
         self.bytes_moved += done.bytes
         for hop in done.hops:
-            bit = 1 << hop.micro_batch
-            for progress in self.lost_progress:
+            for index, progress in enumerate(self.lost_progress):
                 begun = progress.backward_begun if hop.backward else progress.forward_begun
-                if progress.step == done.step and begun & bit:
-                    self.redone += 1
-                    break
+                if progress.step == done.step and begun >> hop.micro_batch & 1:
+                    self.redone.add((index, hop.micro_batch, hop.backward))
 
     def close(self, seconds: float, usual: float) -> Incident:
         """The finished record; `seconds` of the step it fell into, `usual` the median step."""
@@ -75,7 +73,7 @@ class OpenIncident:
             repair_s=max(0.0, self.repaired_at - edited) if edited is not None and self.repaired_at else 0.0,
             resume_s=self.resumed_at - self.last_alive_at if self.resumed_at and self.last_alive_at > 0 else -1.0,
             delay_s=seconds - usual,
-            redone_hops=self.redone,
+            redone_hops=len(self.redone),
             dead_hops=dead_hops,
             step_hops=self.step_hops,
             bytes_moved=self.bytes_moved,

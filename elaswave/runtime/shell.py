@@ -88,6 +88,7 @@ class ProtocolShell:
             case do.InstallParameters():
                 self._parts.model.install(self._parts.shape.shards[effect.shard], cast(Tensor, effect.payload))
             case do.InstallOwnParameters():
+                self._on_phase(Step(max(0, effect.version - 1)), "publish")
                 own = parameters_of(self.states[effect.shard], self._dtype)
                 self._parts.model.install(self._parts.shape.shards[effect.shard], own)
             case do.InstallState():

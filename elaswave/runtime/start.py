@@ -28,13 +28,21 @@ class Start:
 
     def load(self, shape: ModelShape, copies: Iterable[ShardId], model: HostedModel) -> dict[ShardId, ShardState]:
         """States of these shards at the start version; hosted parameters are overwritten where a checkpoint rules."""
-        if self.checkpoint is None:
-            return self._initial(shape, copies)
         dtype = PARAMETER_DTYPES[self.job.parameter_dtype]
+        if self.checkpoint is None:
+            self._install_tied(model)
+            return self._initial(shape, copies)
         for shard in shape.shards:
             if model.hosts_block(shard.block):
                 model.install(shard, parameters_of(self.checkpoint.read(shard), dtype))
         return {shard: self.checkpoint.read(shape.shards[shard]) for shard in copies}
+
+    def _install_tied(self, model: HostedModel) -> None:
+        """A tied block starts from its group's first layer, which need not be hosted here."""
+        blocks = enumerate(self.layout.blocks)
+        tied = [BlockId(i) for i, block in blocks if len(block.layers) > 1 and model.hosts_block(BlockId(i))]
+        for block, values in initial_blocks(self.job, self.layout, tied):
+            model.block(block).copy_(values)
 
     def _initial(self, shape: ModelShape, copies: Iterable[ShardId]) -> dict[ShardId, ShardState]:
         by_block: dict[BlockId, list[ShardId]] = {}
