@@ -187,8 +187,8 @@ def _find_cause(seen: Memory, sample: Sample, limits: WatchLimits) -> Suspect | 
     match sample.state:
         case _ if sample.state == _STATE_STOPPED:
             return Suspect(cause=STOPPED, evidence="process state T (stopped)")
-        case "tracing-stop" if seen.looks_in_state > 1:
-            # One look may catch a profiler that halts the process for a moment.
+        case "tracing-stop" if seen.looks_in_state > 1 and _is_silent(seen, sample):
+            # Looks may catch a profiler that halts the process for moments: then it shows signs of life in between.
             return Suspect(cause=STOPPED, evidence=f"process state t (traced) for {in_state_s:.2f} s")
         case "zombie" if in_state_s >= limits.zombie_s:
             return Suspect(cause=ZOMBIE, evidence=f"process state Z (zombie) for {in_state_s:.1f} s")

@@ -143,6 +143,12 @@ def test_profiler_that_halts_the_process_for_a_moment_is_no_stop() -> None:
     assert causes(watch.sweeps(0.5, state="tracing-stop", alive=False)) == ["stopped"]
 
 
+def test_a_profiler_that_halts_a_worker_at_every_look_is_no_stop() -> None:
+    watch = Watch()
+    watch.sweeps(1.0)
+    assert causes(watch.sweeps(2.0, state="tracing-stop", alive=True)) == []
+
+
 def test_disk_sleep_counts_when_it_lasts_without_a_sign_of_life() -> None:
     watch = Watch()
     for _ in range(10):
