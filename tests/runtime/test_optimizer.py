@@ -88,7 +88,8 @@ def torchs(optimizer: Optimizer, parameter: torch.nn.Parameter) -> torch.optim.O
 def test_every_operation_of_adamw_is_rounded_by_itself() -> None:
     """Against scalars: no fused multiply-add, and a square root that is rounded correctly."""
     settings = AdamW(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    values, gradients = vector(1, 3), [vector(1, 4) * 1e-2, vector(1, 5) * 1e-4]
+    # Parameters no larger than their changes, so that no rounding error is lost in the last subtraction.
+    values, gradients = vector(1, 3) * 1e-3, [vector(1, 4) * 1e-2, vector(1, 5) * 1e-4]
     state = trained(settings, values, gradients)
     single = np.float32
     for place in range(0, CHUNK_ELEMENTS, 13):
