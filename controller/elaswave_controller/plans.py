@@ -25,10 +25,15 @@ class PlanLog:
 
     def __init__(self, store: Store, job: str) -> None:
         self._store = store
-        self._key = f"jobs/{job}/plan"
+        self._job = job
+        self._generation = 0
         self._revision = 0
         self._plans: OrderedDict[Epoch, _Persisted] = OrderedDict()
         self._sent: dict[WorkerId, Epoch] = {}
+
+    @property
+    def _key(self) -> str:
+        return f"jobs/{self._job}/{self._generation}/plan"
 
     @property
     def newest(self) -> Plan | None:
@@ -82,10 +87,11 @@ class PlanLog:
         self._sent.pop(worker, None)
 
     def start_over(self) -> None:
-        """All workers are gone: the next plan starts from nothing, with the next epoch."""
+        """All workers are known to be dead: a new generation of plans starts from nothing, under a key of its own."""
+        self._generation += 1
+        self._revision = 0
+        self._plans.clear()
         self._sent.clear()
-        for epoch in list(self._plans)[:-1]:
-            del self._plans[epoch]
 
     def _whole(self, epoch: Epoch) -> PlanDelta:
         persisted = self._plans[epoch]

@@ -1,11 +1,23 @@
 """Restart of the whole job from a durable checkpoint, when every copy of some state is gone."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from elaswave.core.config import ControllerConfig
-from elaswave.core.ids import Epoch, WorkerId
+from elaswave.core.events import Incident
+from elaswave.core.ids import Epoch, Step, WorkerId
 
 _FENCE_LIMIT_S = 10.0  # a SIGKILLed process that is not gone by then sits in the kernel, and its node is unusable
+
+
+_UNKNOWN = -1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cause:
+    began_at: float
+    reason: str
+    workers: tuple[WorkerId, ...]
+    step: Step
 
 
 class Restart:
@@ -16,11 +28,11 @@ class Restart:
 
     def __init__(self, config: ControllerConfig, resume_from: str) -> None:
         self._config = config
-        self._first_resume = resume_from
         self._waiting: set[WorkerId] = set()
         self._next_worker = config.first_worker
         self._best_step = -1
         self._step_at_restart = -1
+        self._cause: _Cause | None = None
         self.resume_from = resume_from
         self.generation = 0
         self.deadline: float | None = None
@@ -39,9 +51,32 @@ class Restart:
         """A worker was started under this id."""
         self._next_worker = WorkerId(max(self._next_worker, worker + 1))
 
-    def saw_step(self, step: int) -> None:
-        """A step was decided."""
+    def saw_step(self, step: Step, now: float) -> Incident | None:
+        """A step was decided; the first one after a restart closes the restart's incident."""
         self._best_step = max(self._best_step, step)
+        cause, self._cause = self._cause, None
+        if cause is None:
+            return None
+        lasted = now - cause.began_at
+        return Incident(
+            epoch=Epoch(0),
+            cause="restart",
+            evidence=cause.reason,
+            workers=cause.workers,
+            step=cause.step,
+            phase="",
+            detect_s=_UNKNOWN,
+            plan_s=_UNKNOWN,
+            edit_s=_UNKNOWN,
+            repair_s=lasted,
+            resume_s=_UNKNOWN,
+            delay_s=lasted,
+            redone_hops=0,
+            dead_hops=0,
+            step_hops=0,
+            bytes_moved=0,
+            reason=f"all workers started again from {self.resume_from}",
+        )
 
     def saw_checkpoint(self, folder: str) -> None:
         """A durable checkpoint is complete."""
@@ -55,9 +90,11 @@ class Restart:
             return f"the job was restarted from {self.resume_from} before and got no step further"
         return ""
 
-    def begin(self, workers: frozenset[WorkerId], now: float) -> None:
+    def begin(self, workers: frozenset[WorkerId], reason: str, now: float) -> None:
         """All `workers` are being killed."""
         self._waiting = set(workers)
+        step = Step(self._best_step + 1)
+        self._cause = _Cause(began_at=now, reason=reason, workers=tuple(sorted(workers)), step=step)
         self._step_at_restart = self._best_step
         self.deadline = now + _FENCE_LIMIT_S
 
@@ -65,13 +102,8 @@ class Restart:
         """The end of a worker is confirmed, or its node is."""
         self._waiting.discard(worker)
 
-    def next_config(self, newest_epoch: Epoch) -> ControllerConfig:
-        """All are gone: what the next generation's core is told. Ids and epochs go on."""
+    def next_config(self) -> ControllerConfig:
+        """All are gone: what the next generation's core is told. Worker ids go on, epochs begin again."""
         self.deadline = None
         self.generation += 1
-        return replace(
-            self._config,
-            allow_fresh_start=False,
-            first_worker=self._next_worker,
-            first_epoch=Epoch(newest_epoch + 1),
-        )
+        return replace(self._config, allow_fresh_start=False, first_worker=self._next_worker)

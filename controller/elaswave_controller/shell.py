@@ -31,7 +31,7 @@ from elaswave.core.events import (
     WorkerReport,
     WorkerStarted,
 )
-from elaswave.core.ids import Epoch, NodeId, WorkerId
+from elaswave.core.ids import NodeId, WorkerId
 from elaswave.core.injection import Injection
 from elaswave.core.settings import WorkerSettings
 from elaswave.core.status import Finished, JobStatus
@@ -186,7 +186,6 @@ class Shell:
             case StartWorker():
                 self._start(effect)
             case StepRecorded():
-                self._restart.saw_step(effect.result.step)
                 self._record_step(effect)
                 self.watchers.publish(effect.result)
             case IncidentClosed():
@@ -208,6 +207,10 @@ class Shell:
             # Should everything be killed, the report of an earlier run must not be taken for this one's.
             self._options.report.unlink(missing_ok=True)
         self._report.record_step(effect)
+        incident = self._restart.saw_step(effect.result.step, self._now)
+        if incident is not None:
+            self._report.record_incident(incident)
+            self.watchers.publish(incident)
 
     def _start(self, effect: StartWorker) -> None:
         self._restart.saw_worker(effect.worker)
@@ -270,7 +273,7 @@ class Shell:
             return
         self.watchers.publish(ShowLine(text=f"restart from {self._restart.resume_from}: {effect.reason}"))
         now = time.monotonic()
-        self._restart.begin(self.agents.workers, now)
+        self._restart.begin(self.agents.workers, effect.reason, now)
         for worker in sorted(self.agents.workers):
             self.agents.fence(FenceWorker(worker=worker, reason="the whole job restarts"))
         await self._go_on_with_restart(now)
@@ -280,10 +283,8 @@ class Shell:
             return
         missing = self._restart.missing
         if not missing:
-            newest = self._plans.newest
-            epoch = self._options.config.first_epoch - 1 if newest is None else newest.epoch
             self._plans.start_over()
-            self._core = self._make_core(self._restart.next_config(Epoch(epoch)))
+            self._core = self._make_core(self._restart.next_config())
             self._told.clear()
             for connection in self.agents.connections:
                 self.submit(AgentAttached(node=connection.hello.node, workers=connection.hello.workers), now)

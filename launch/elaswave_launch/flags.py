@@ -256,8 +256,10 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Parsed:
 
 
 def notes(parsed: Parsed) -> list[str]:
-    """One line for each flag that was given and does nothing."""
-    return [
+    """One line for each flag that was given and does nothing, or not quite what torchrun does."""
+    least, _, most = parsed.text("nnodes").partition(":")
+    elastic = [f"--nnodes {least}:{most}: the job starts with {most} nodes and goes on with fewer"]
+    return (elastic if most and most != least else []) + [
         f"{flag.name} is ignored: {flag.reason}"
         for flag in TORCHRUN_FLAGS
         if flag.support is Support.NOTED and flag.key in parsed.given

@@ -135,7 +135,8 @@ class Supervision:
         """What the end of some children means for the job; None: it goes on."""
         for child in news:
             if child.name == ZYGOTE and child.exit_code == _ZYGOTE_UNAVAILABLE:
-                self._display.print_line("workers cannot be forked here, they are started from scratch instead")
+                why = child.tail().rpartition("\n")[2]
+                self._display.print_line(f"workers cannot be forked, they are started from scratch instead: {why}")
             elif child.name == ZYGOTE:
                 return Ending(exit_code=FAILED, message=child.describe_end())
             elif child.name == CONTROLLER or all(agent in ended for agent in self._agents):

@@ -24,6 +24,8 @@ from elaswave.core.events import (
     FenceWorker,
     LinkBroken,
     RestartAll,
+    StepRecorded,
+    StepReported,
     Tick,
     WorkerExited,
     WorkerStarted,
@@ -65,7 +67,7 @@ def test_persisted_plans_are_in_the_store_before_they_are_sent() -> None:
         async with controller(answer) as running:
             agent = await running.agent()
             assert (await agent.receive_kinds(5))[-1] == "plan 1 to 0"
-            entry = await running.store.get("jobs/job/plan")
+            entry = await running.store.get("jobs/job/0/plan")
             assert entry is not None
             assert pb.PlanDelta.FromString(entry.value).epoch == 1
 
@@ -159,13 +161,15 @@ def test_fence_goes_to_the_node_of_the_worker() -> None:
 # ------------------------------------------------------------------ checkpoints and restart
 
 
-def test_a_restart_kills_all_and_goes_on_with_new_ids_and_epochs(tmp_path: Path) -> None:
+def test_a_restart_kills_all_and_goes_on_with_new_ids(tmp_path: Path) -> None:
     def answer(event: Event) -> Sequence[Effect]:
         match event:
             case AgentAttached():
                 return [*LOCAL_START, persist(1)]
             case WorkerStarted():
                 return [CommitCheckpoint(step=Step(8), manifests=("{}",)), RestartAll(reason="state lost")]
+            case StepReported():
+                return [StepRecorded(result=event.result, seconds=0.5)]
         return ()
 
     async def body() -> None:
@@ -180,10 +184,22 @@ def test_a_restart_kills_all_and_goes_on_with_new_ids_and_epochs(tmp_path: Path)
             await agent.send(exited=exited(1))
             new = await running.core_number(1)
             await new.wait_for(AgentAttached)
-            assert (new.config.first_worker, new.config.first_epoch) == (2, 2)
+            assert new.config.first_worker == 2
             assert not new.config.allow_fresh_start
             assert [event for event, _ in new.seen] == [AgentAttached(node=NodeId("a"), workers=2)]
             assert (tmp_path / "latest").read_text() == "step_8\n"
+            assert await agent.receive_kinds(1) == ["start 0"]
+            settings = (await agent.receive()).to_worker.message.settings
+            assert settings.resume_from == str(tmp_path / "step_8")
+            first = await running.store.get("jobs/job/0/plan")
+            second = await running.store.get("jobs/job/1/plan")
+            assert first is not None
+            assert second is not None, "the first plan of the new generation"
+            message = pb.WorkerMessage(step_result=pb.StepResult(step=8, loss=6.0, tokens=10, samples=4))
+            await agent.send(from_worker=pb.FromWorker(worker=2, message=message, received_at=1.0))
+            await new.wait_for(StepReported)
+            [incident] = running.shell.status().incidents
+            assert (incident.cause, incident.evidence, incident.workers) == ("restart", "state lost", (0, 1))
 
     run(body())
 

@@ -12,6 +12,7 @@ from elaswave_controller.store import Compacted, Entry, Store
 from elaswave_controller.store.memory import open_memory_store
 
 LIMIT_S = 10.0
+HISTORY = 20
 Check = Callable[[Store], Awaitable[None]]
 
 
@@ -22,7 +23,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Check], Non
 
     def run_check(check: Check) -> None:
         async def body() -> None:
-            store = open_memory_store(log)
+            store = open_memory_store(log, history=HISTORY)
             try:
                 async with asyncio.timeout(LIMIT_S):
                     await check(store)
@@ -119,11 +120,11 @@ def test_watch_resumes_after_the_last_revision_seen(run: Callable[[Check], None]
 def test_a_watch_that_wants_too_old_revisions_is_told(run: Callable[[Check], None]) -> None:
     async def check(store: Store) -> None:
         await store.create_if_absent("plan", b"")
-        for revision in range(1, 4200):
+        for revision in range(1, 2 * HISTORY):
             assert (await store.compare_and_set("plan", b"x", revision)).succeeded
         with pytest.raises(Compacted, match="revision 1 is no longer kept"):
             await anext(store.watch("", 1))
-        assert (await anext(store.watch("", 4200))).revision == 4200
+        assert (await anext(store.watch("", 2 * HISTORY))).revision == 2 * HISTORY
 
     run(check)
 

@@ -105,7 +105,9 @@ def test_flags_that_do_nothing_are_noted_once_each() -> None:
     )
     noted = [note.split()[0] for note in notes(parsed)]
     assert sorted(noted) == ["--monitor-interval", "--rdzv-conf", "--redirects", "--role", "--tee"]
-    assert notes(parse(["train.py"], {})) == []
+    assert notes(parse(["train.py"], {})) == notes(parse(["--nnodes", "2:2", "train.py"], {})) == []
+    [note] = notes(parse(["--nnodes", "1:3", "train.py"], {}))
+    assert note == "--nnodes 1:3: the job starts with 3 nodes and goes on with fewer"
 
 
 def test_help_shows_every_flag_and_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,22 @@ def test_a_job_from_its_start_to_its_report(place: Place) -> None:
     ]
 
 
+def test_when_every_copy_is_gone_the_job_goes_back_to_its_checkpoint(place: Place) -> None:
+    flags = ("--standalone", "--nnodes", "2", "--pp", "2", "--replicas", "0", "--inject", "kill:worker=1,step=3")
+    saves = ("--save-every", "2", "--save-dir", "saved", "--report", "report.json")
+    done = run(place, *flags, *saves, place.script(TRAINS), "5")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((place.work / "report.json").read_text())
+    assert (content["steps"], content["first_step"], len(content["losses"])) == (5, 0, 5)
+    [restart] = [incident for incident in content["incidents"] if incident["cause"] == "restart"]
+    assert restart["reason"] == f"all workers started again from {place.work / 'saved' / 'step_2'}"
+    again = run(place, "--resume", "saved/step_4", "--report", "again.json", place.script(TRAINS), "5")
+    assert again.returncode == 0, again.stderr
+    resumed = json.loads((place.work / "again.json").read_text())
+    assert (resumed["first_step"], resumed["steps"]) == (4, 5)
+    assert (resumed["digest"], resumed["losses"]) == (content["digest"], content["losses"][4:])
+
+
 def test_operators_see_layers_and_incidents_and_the_zygotes_death_ends_the_job(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

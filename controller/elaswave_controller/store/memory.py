@@ -16,7 +16,8 @@ from elaswave_controller.store.interface import (
 )
 from elaswave_controller.store.log import AppendLog, open_log
 
-_HISTORY = 4096  # versions kept for watches; a watcher that is further behind reads the keys again
+DEFAULT_HISTORY = 4096
+"""Versions kept for watches; a watcher that is further behind reads the keys again."""
 
 
 class MemoryStore(Store):
@@ -25,10 +26,12 @@ class MemoryStore(Store):
     The log is written on the event loop: 0.2 ms is less than a hop to a thread and back costs under load.
     """
 
-    def __init__(self, log: AppendLog | None = None, entries: tuple[Entry, ...] = ()) -> None:
+    def __init__(
+        self, log: AppendLog | None = None, entries: tuple[Entry, ...] = (), *, history: int = DEFAULT_HISTORY
+    ) -> None:
         self._log = log
         self._entries = {entry.key: entry for entry in entries}
-        self._history = deque(entries, maxlen=_HISTORY)
+        self._history = deque(entries, maxlen=history)
         self._revision = max((entry.revision for entry in entries), default=0)
         self._changed = asyncio.Event()
         self._closed = False
@@ -97,9 +100,9 @@ class MemoryStore(Store):
             raise InvariantError("the store was used after it was closed")
 
 
-def open_memory_store(path: Path | None) -> MemoryStore:
+def open_memory_store(path: Path | None, *, history: int = DEFAULT_HISTORY) -> MemoryStore:
     """A store in this process; with `path`, what its log holds is there again. Raises ConfigError, OSError."""
     if path is None:
-        return MemoryStore()
+        return MemoryStore(history=history)
     log, entries = open_log(path)
-    return MemoryStore(log, tuple(entries))
+    return MemoryStore(log, tuple(entries), history=history)
