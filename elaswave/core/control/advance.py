@@ -12,6 +12,9 @@ from elaswave.core.planner.context import supersede
 from elaswave.core.planner.copies import StateIsGone, advance_copies, resolve_queries
 from elaswave.core.planner.join import may_bring, may_return, plan_join, plan_routes
 
+JOIN = "join"
+"""Cause of incidents in which workers come, not go."""
+
 ROUTE_LEAD_STEPS = 2
 """Announced routes begin this many steps ahead of the highest reported one; late is legal but costs work."""
 
@@ -102,7 +105,7 @@ class AdvanceControl(ControllerState):
         self.swaps |= joined.swaps
         self.persist(joined.plan)
         ids = tuple(record.worker for record in joiners)
-        self.open_incident("join", f"{names} warm", ids, noticed_at=self.now, last_alive_at=0.0, plan=joined.plan)
+        self.open_incident(JOIN, f"{names} warm", ids, noticed_at=self.now, last_alive_at=0.0, plan=joined.plan)
         return True
 
     def _route(self) -> bool:
@@ -137,8 +140,8 @@ class AdvanceControl(ControllerState):
     ) -> OpenIncident:
         """Begin the record of an incident whose plan has just been persisted."""
         step = self.next_step
-        records = [self.workers[worker] for worker in workers]
-        progress = tuple(record.progress for record in records)
+        # Nobody's work is lost when somebody joins; what a joiner did before it was excluded is another incident.
+        progress = () if cause == JOIN else tuple(self.workers[worker].progress for worker in workers)
         lost_in_step = [found for found in progress if found.phase]
         if lost_in_step:
             step = lost_in_step[0].step
