@@ -48,7 +48,11 @@ def loss_of(micro_batch: MicroBatch) -> int:
 
 @dataclass
 class WorkerShell:
-    """What a worker keeps beside its protocol. `broken`: peers whose link broke and that were not told again yet."""
+    """What a worker keeps beside its protocol.
+
+    `broken`: peers whose link broke and that were not told again yet. `unnoticed`: those of them for which the break
+    has not been noticed; what is sent to them is lost.
+    """
 
     protocol: StepProtocol
     left: bool = False
@@ -57,6 +61,7 @@ class WorkerShell:
     sums: dict[SumKey, Sum] = field(default_factory=dict)
     forwards: frozenset[HopKey] = frozenset()
     broken: frozenset[int] = frozenset()
+    unnoticed: frozenset[int] = frozenset()
 
     def clone(self) -> "WorkerShell":
         """An independent copy."""
@@ -68,12 +73,14 @@ class WorkerShell:
             self.sums.copy(),
             self.forwards,
             self.broken,
+            self.unnoticed,
         )
 
     def fingerprint(self) -> int:
         """Hash of everything that future behaviour depends on; sums follow from the protocol's coverage."""
         states, parameters = frozenset(self.states.items()), frozenset(self.parameters.items())
-        return hash((self.left, self.protocol.fingerprint(), states, parameters, self.forwards, self.broken))
+        links = (self.broken, self.unnoticed)
+        return hash((self.left, self.protocol.fingerprint(), states, parameters, self.forwards, links))
 
     # ------------------------------------------------------------------ effects
 

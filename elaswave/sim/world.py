@@ -148,7 +148,7 @@ class World:
     def _send(self, source: int, target: int, message: Message) -> None:
         if target == source:
             self.workers[source].protocol.receive(WorkerId(source), message.fact, message.payload)
-        elif self.up(target) and self.up(source) and target not in self.workers[source].broken:
+        elif self.up(target) and self.up(source) and target not in self.workers[source].unnoticed:
             link = (source, target)
             self.net[link] = (*self.net.get(link, ()), message)
 
@@ -162,7 +162,9 @@ class World:
         if target not in self.workers:
             self.early[target] = (*self.early.get(target, ()), (source, queue[0]))
             return
-        self.touch(target).protocol.receive(WorkerId(source), queue[0].fact, queue[0].payload)
+        shell = self.touch(target)
+        shell.unnoticed -= {source}  # it came by a new connection
+        shell.protocol.receive(WorkerId(source), queue[0].fact, queue[0].payload)
         self._perform(target)
 
     def run_hop(self, index: int, place: int) -> None:
@@ -242,11 +244,13 @@ class World:
             if source in self.workers:
                 shell = self.touch(source)
                 shell.broken |= {target}
+                shell.unnoticed |= {target}
 
     def resync(self, index: int, peer: int) -> None:
-        """A worker has noticed the broken link and sends its peer what it may have lost."""
+        """A worker has noticed the broken link and sends its peer what it may have lost, if the plan counts on it."""
         shell = self.touch(index)
         shell.broken -= {peer}
+        shell.unnoticed -= {peer}
         if peer in shell.protocol.plan.ids:
             shell.protocol.resync(WorkerId(peer))
         self._perform(index)

@@ -8,6 +8,7 @@ from elaswave.core.layout import Stage
 from elaswave.core.placement import Placement
 from elaswave.core.plan import Group, Member, Plan, RouteTable
 from elaswave.core.planner.context import PlanningContext, Reports, prune_tables, supersede
+from elaswave.core.planner.copies import may_own
 from elaswave.core.planner.initial import stage_hosts
 from elaswave.core.planner.loss import restore_replicas
 from elaswave.core.routes import balanced_routes
@@ -89,11 +90,22 @@ def plan_routes(context: PlanningContext, plan: Plan, first_step: Step, slowest:
 def may_return(plan: Plan, reports: Reports, worker: WorkerId, fastest: Step) -> bool:
     """A suspect that is alive may be let in again, as a joiner (rule 5.6).
 
-    It has adopted the newest plan, and knows of no decision that no member knows of: `fastest` is the highest step of
-    the members. It may have decided a step in an old view, without copies that were confirmed since.
+    It has adopted the newest plan, and either knows of no decision that no member knows of (`fastest` is the highest
+    step of the members), or every shard survives that decision. It may have decided a step in an old view, without
+    copies that were confirmed since: telling of it would leave them without the gradient for ever.
     """
     report = reports.get(worker)
-    return report is not None and report.epoch == plan.epoch and report.step <= fastest
+    if report is None or report.epoch != plan.epoch:
+        return False
+    return report.step <= fastest or all(
+        _survives(plan, reports, ShardId(shard), worker, report.step) for shard in range(len(plan.groups))
+    )
+
+
+def _survives(plan: Plan, reports: Reports, shard: ShardId, back: WorkerId, top: Step) -> bool:
+    owner = plan.groups[shard].owner
+    holders = (*plan.ids, back) if owner is None else (owner,)
+    return any(may_own(reports[holder], shard, top) for holder in holders if holder in reports)
 
 
 def may_bring(plan: Plan, reports: Reports, worker: WorkerId, shards: Iterable[ShardId], fastest: Step) -> bool:

@@ -84,11 +84,15 @@ class AdoptionProtocol(CopyProtocol):
     # ------------------------------------------------------------------ what others need
 
     def tell_newcomers(self, old: Plan, plan: Plan) -> None:
-        """Tell workers that the plan lets in the last decision and what was said here (rule 5.6)."""
+        """Tell workers that the plan lets in the last decision and what was said here (rule 5.6).
+
+        Their sums go to them again, where they own what they owned before: a link may have broken meanwhile.
+        """
         newcomers = tuple(sorted(plan.ids - old.ids - {self.me}))
         if newcomers:
             self.tell_decided(newcomers)
             self.tell_have(newcomers)
+            self.send_partials_again(newcomers)
 
     def _adopt_group(self, shard: ShardId, was: Group, now: Group, old: Plan) -> None:
         if was != now:

@@ -34,6 +34,10 @@ class ReductionProtocol(ComputeProtocol):
             fact = Partial(step=key.step, shard=shard, layer=key.layer, epoch=key.epoch, coverage=coverage, loss=loss)
             self.effects.append(Send(to=owner, fact=fact))
 
+    def send_partials_again(self, owners: tuple[WorkerId, ...]) -> None:
+        """What these owners were sent may not have arrived: `settle` sends it again."""
+        self.sent_partials = {key: sent for key, sent in self.sent_partials.items() if sent[0] not in owners}
+
     def _loss_of(self, key: SumKey) -> LossScalars:
         return self.losses.get(key, LossScalars())
 

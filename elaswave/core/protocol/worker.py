@@ -97,8 +97,7 @@ class StepProtocol(AdoptionProtocol):
         for key, edge in self.log.items():
             if maker_of(self.plan.route(key.step, key.micro_batch), key) == peer:
                 self._send_edge(key, edge)
-        for sent in [sent for sent, (owner, _) in self.sent_partials.items() if owner == peer]:
-            del self.sent_partials[sent]
+        self.send_partials_again((peer,))
         self.asked = {shard: asking for shard, asking in self.asked.items() if self.plan.groups[shard].owner != peer}
         for index, group in enumerate(self.plan.groups):
             shard = ShardId(index)
