@@ -18,8 +18,8 @@ from elaswave.errors import InvariantError
 from elaswave.job import Job
 
 PIECE_ELEMENTS: Final = 65536
-"""Elements per pass: 1.3 MB of source, scratch and sum. Smaller pieces fit a level-2 cache of 512 KiB and were slower
-for their calls; whole blocks are ten times as slow, as scratch that large comes from fresh pages each time."""
+"""Elements per pass: 1.3 MB of source, scratch and sum. Pieces of 8192 fit a level-2 cache of 512 KiB, but took 1.2 to 2
+times as long for their calls (docs/numerics.md says on what machine)."""
 
 _MANTISSA: Final = 53
 

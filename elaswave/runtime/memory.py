@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Have malloc keep what is freed for later use by this process. Does nothing where the C library is not glibc's.
 
     By default every tensor above a threshold gets fresh pages from the kernel and returns them: in a virtual machine
-    that cost 5 to 15 ns per float64 element, several times what is computed on it.
+    float64 temporaries of 6 MB and more made a sum of four operations take up to 17 ns per element instead of 3.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

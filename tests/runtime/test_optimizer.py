@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics_harness import same_bits, small_job
 from torch import Tensor
@@ -51,6 +51,7 @@ def trained(optimizer: Optimizer, values: Tensor, gradients: list[Tensor]) -> Sh
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@settings(max_examples=25)
 @given(chunks=st.integers(1, 70), cuts=st.lists(st.integers(1, 69), max_size=5), seed=st.integers(0, 2**32))
 def test_slicing_on_chunks_does_not_show(optimizer: Optimizer, chunks: int, cuts: list[int], seed: int) -> None:
     values, gradients = vector(chunks, seed), [vector(chunks, seed + step) * 1e-3 for step in range(1, 4)]
