@@ -34,11 +34,11 @@ def test_different_keys_give_different_orders() -> None:
 
 def test_every_sample_is_about_as_likely_at_every_place() -> None:
     counts = np.zeros((20, 20))
-    for key in range(4000):
+    for key in range(1000):
         counts[np.arange(20), permute(np.arange(20), size=20, key=key * 7919)] += 1
-    # 200 expected per cell, standard deviation 14.
-    assert counts.min() > 120
-    assert counts.max() < 280
+    # 50 expected per cell, standard deviation 7.
+    assert counts.min() > 15
+    assert counts.max() < 90
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 6), st.integers(1, 4), st.integers(0, 200), st.integers(0, 50))
