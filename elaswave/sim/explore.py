@@ -38,6 +38,8 @@ def forced_actions(world: World) -> list[Action]:
             continue
         if world.ready_hops(index):
             found.append(Action("hop", (index,)))
+        if shell.ready_replays():
+            found.append(Action("replay", (index,)))
         found += [Action("resync", (index, peer)) for peer in sorted(shell.broken)]
         if world.has_news(index):
             if world.scene.late_reports:
@@ -140,6 +142,8 @@ def act(world: World, action: Action) -> None:
             world.run_hop(args[0], args[1] if len(args) > 1 else 0)
         case "adopt":
             world.adopt(args[0])
+        case "replay":
+            world.replay(args[0])
         case "hear":
             world.hear(args[0])
         case "lose":

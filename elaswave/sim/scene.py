@@ -17,6 +17,7 @@ class Scene:
     `crashes`, `suspicions` (of workers that are alive), `swaps` (planned changes of an owner) and `cuts` (links between
     live workers that lose what is in flight) are how often each may happen. `spares` wait to take the place of lost
     workers. With `late_reports` the controller learns of a worker's progress at any later time, else at once.
+    `log_cap`: values that a boundary log may keep; None: all.
     """
 
     workers: int
@@ -32,6 +33,7 @@ class Scene:
     swaps: int = 0
     cuts: int = 0
     late_reports: bool = False
+    log_cap: int | None = None
 
     def shape(self) -> ModelShape:
         """One block per distinct set of layers, divided into as many shards as `copies` names for it."""

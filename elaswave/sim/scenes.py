@@ -51,6 +51,17 @@ WALKS = {
     "2x2, swaps": replace(_TWO_SHARDS, suspicions=1, swaps=1),
     "2x2, late reports": replace(_TWO_SHARDS, suspicions=1, swaps=1, late_reports=True),
     "2x2, cuts": replace(_TWO_SHARDS, crashes=1, suspicions=1, cuts=2),
+    "2x2, capped log": replace(_TWO_SHARDS, suspicions=1, cuts=1, log_cap=0),
+    "r=0, cuts": Scene(
+        workers=3,
+        hosts=((0, 1), (2,)),
+        copies=(((0,), 0, ()), ((1,), 2, ())),
+        steps=2,
+        crashes=0,
+        suspicions=2,
+        cuts=2,
+        replicas=0,
+    ),
     "mixed hosts": Scene(
         workers=3,
         hosts=((0, 1), (2, 1)),
@@ -87,6 +98,6 @@ WALKS = {
     ),
     "spares": replace(_TWO_SHARDS, spares=2, crashes=2, steps=3),
     "spares, late reports": replace(_DP3, spares=1, steps=3, suspicions=1, late_reports=True),
-    "everything": replace(_TWO_SHARDS, spares=1, suspicions=1, swaps=1, cuts=1, late_reports=True),
+    "everything": replace(_TWO_SHARDS, log_cap=1, spares=1, suspicions=1, swaps=1, cuts=1, late_reports=True),
 }
 """Explored by seeded random walks."""

@@ -10,7 +10,7 @@ from elaswave.core.facts import Fact, LossScalars, Parameters, Partial, ShardSca
 from elaswave.core.ids import Layer, MicroBatch, ShardId, Step
 from elaswave.core.plan import Hop
 from elaswave.core.protocol import effects as do
-from elaswave.core.protocol.state import HopKey, JobFacts, SumKey
+from elaswave.core.protocol.state import EdgeKey, HopKey, JobFacts, SumKey
 from elaswave.core.protocol.worker import StepProtocol
 
 Contribution = tuple[int, int, int]
@@ -179,11 +179,7 @@ class WorkerShell:
     def run_hop(self, micro_batch: MicroBatch, hop: Hop, *, backward: bool) -> None:
         """Run one hop. Raises Violation for wrong parameters or a wrong input."""
         protocol, step = self.protocol, self.protocol.step
-        for layer in range(hop.first, hop.last):
-            for shard in protocol.job.shape.shards_of_layer[layer]:
-                version = len(self.parameters.get(shard, ())) if shard in self.parameters else None
-                if version != step:
-                    raise Violation(f"w{protocol.me} computes step {step} of layer {layer} at version {version}")
+        self._check_parameters(hop, step)
         key = HopKey(step, micro_batch, hop.first, hop.last)
         self._check_input(micro_batch, hop, step, backward=backward)
         if not backward:
@@ -198,6 +194,32 @@ class WorkerShell:
             sum_key = SumKey(step, Layer(layer), hop.epoch)
             self.sums[sum_key] = (*self.sums.get(sum_key, ()), (step, layer, int(micro_batch)))
         protocol.backward_done(micro_batch, hop, ("gradient", step, micro_batch, hop.first), loss)
+
+    def ready_replays(self) -> list[tuple[EdgeKey, Hop]]:
+        """Values that the capped log has dropped, that somebody needs, and that can be made again now."""
+        replays = self.protocol.replays
+        return [(key, hop) for key, hop in replays.items() if self.protocol.layers_ready(hop.first, hop.last)]
+
+    def replay(self, key: EdgeKey, hop: Hop) -> None:
+        """Run a hop once more for its output; its contribution is in already."""
+        self._check_parameters(hop, key.step)
+        self._check_input(key.micro_batch, hop, key.step, backward=False)
+        if key.backward:
+            self._check_input(key.micro_batch, hop, key.step, backward=True)
+        self.protocol.replayed(key, ("gradient" if key.backward else "activation", key.step, key.micro_batch, key.cut))
+
+    def trim_log(self, cap: int) -> None:
+        """Evict the oldest values of the boundary log until only `cap` are kept."""
+        kept = [key for key, edge in self.protocol.log.items() if not edge.evicted]
+        for key in kept[: max(0, len(kept) - cap)]:
+            self.protocol.evict(key)
+
+    def _check_parameters(self, hop: Hop, step: Step) -> None:
+        for layer in range(hop.first, hop.last):
+            for shard in self._job.shape.shards_of_layer[layer]:
+                version = len(self.parameters[shard]) if shard in self.parameters else None
+                if version != step:
+                    raise Violation(f"w{self.protocol.me} computes step {step} of layer {layer} at version {version}")
 
     def _check_input(self, micro_batch: MicroBatch, hop: Hop, step: Step, *, backward: bool) -> None:
         cut = hop.last if backward else hop.first

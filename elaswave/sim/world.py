@@ -138,6 +138,8 @@ class World:
                 message = shell.perform(effect)
                 if message is not None:
                     self._send(index, int(effect.to), message)  # type: ignore[union-attr]
+        if self.scene.log_cap is not None:
+            shell.trim_log(self.scene.log_cap)
         self._check_decisions(shell)
 
     def _check_decisions(self, shell: WorkerShell) -> None:
@@ -174,6 +176,12 @@ class World:
         if backward:
             self._note_work(index, shell.protocol.step, micro_batch, hop)
         shell.run_hop(micro_batch, hop, backward=backward)
+        self._perform(index)
+
+    def replay(self, index: int) -> None:
+        """Make a value again that the capped log had to drop."""
+        shell = self.touch(index)
+        shell.replay(*shell.ready_replays()[0])
         self._perform(index)
 
     def _note_work(self, index: int, step: int, micro_batch: MicroBatch, hop: Hop) -> None:

@@ -82,8 +82,8 @@ class JobFacts:
 
 
 _FLAT = (
-    "parameters", "early_parameters", "copies", "inputs", "log", "replays", "forwards", "coverage", "losses", "combining",
-    "reduced", "sent_partials", "sent_reduced", "decisions", "asked", "state_requests",
+    "parameters", "early_parameters", "copies", "inputs", "log", "replays", "forwards", "coverage", "losses",
+    "combining", "reduced", "sent_partials", "sent_reduced", "decisions", "asked", "state_requests",
 )  # fmt: skip
 """Dictionaries of immutable values."""
 
