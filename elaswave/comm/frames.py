@@ -158,6 +158,15 @@ class FrameReader:
         meta_at = self._start + HEADER_BYTES
         payload_at = meta_at + self._meta_bytes
         self._meta = bytes(self._staging[meta_at:payload_at])
+        self._start = payload_at
+        self._needed = HEADER_BYTES
+        self._in_body = False
+        if self._payload_bytes:
+            self._begin_payload(payload_at)
+        else:
+            self._deliver(self._kind, self._meta, NO_PAYLOAD)
+
+    def _begin_payload(self, payload_at: int) -> None:
         here = min(self._payload_bytes, self._end - payload_at)
         try:
             self._payload = aligned_buffer(self._payload_bytes)
@@ -166,8 +175,6 @@ class FrameReader:
         view = self._payload.data
         view[:here] = self._staging[payload_at : payload_at + here]
         self._start = payload_at + here
-        self._needed = HEADER_BYTES
-        self._in_body = False
         if here < self._payload_bytes:
             self._rest = view[here:]
         else:

@@ -125,13 +125,12 @@ class Inbox(Generic[Item]):
         """Wait for an item until `time.monotonic() == deadline`; whether there is one. Consumer thread only."""
         if self._first or self._queue.qsize():
             return True
-        if self._driver is not None and self._driver.lead():
-            self._wait_leading(self._driver, deadline)
-            if self._queue.qsize():
-                return True
         timeout = deadline - time.monotonic()
         if timeout <= 0:
             return False
+        if self._driver is not None and self._driver.lead():
+            self._wait_leading(self._driver, deadline)
+            timeout = max(0.0, deadline - time.monotonic())
         try:
             self._first.append(self._queue.get(timeout=timeout))
         except Empty:

@@ -15,9 +15,11 @@ from typing import Protocol
 from elaswave.comm.alarm import Alarm
 
 EVENTS_PER_TURN = 64
-# Between two waits of a consumer that answers frame by frame lie some 10 to 100 us, in which the daemon must not wake;
-# a consumer that computes takes milliseconds. docs/links.md has what it brings.
-GRACE_S = 0.0005
+# While a consumer that leads now and then is active, the daemon looks so often whether it is busy with something else.
+# Frame by frame it leads again within 10 to 100 us, in which the daemon must not be woken; computing takes
+# milliseconds, and what comes meanwhile fits the socket buffers at first. The timer is not set anew for each lead, as
+# that costs up to 20 us in a virtual machine.
+GRACE_S = 0.002
 
 Command = Callable[[], None]
 
@@ -34,7 +36,7 @@ class Loop:
 
     A thread that has nothing to do but wait for what the loop brings may lead instead (`lead`, `turn`, `follow`): it
     then runs the turns itself and the daemon sleeps, which saves each message a change of thread. The daemon takes over
-    once nobody has led for GRACE_S. Turns exclude one another.
+    if nobody leads when it looks, GRACE_S after the end of some lead. Turns exclude one another.
 
     `watch`, `unwatch` and `call_at` are for whoever runs the turn; `call_soon`, `wake` and `rearm` for any thread. A
     socket given to `unwatch` is closed at the end of the turn, so that no event of that turn can meet another socket of
@@ -55,7 +57,9 @@ class Loop:
         self._epoll: select.epoll | None = None  # all sockets, and the wake-up
         self._daemon_epoll: select.epoll | None = None  # the alarm, and the other epoll while the daemon serves
         self._daemon_serves = True
+        self._led = False
         self._grace = Alarm(GRACE_S)
+        self._grace_set = False
         self._thread: threading.Thread | None = None
         self._ending = False
 
@@ -65,11 +69,14 @@ class Loop:
         wake_fd = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         epoll.register(wake_fd, select.EPOLLIN)
         daemon_epoll.register(epoll, select.EPOLLIN)
-        daemon_epoll.register(self._grace.open(), select.EPOLLIN)
+        grace_fd = self._grace.open()
+        daemon_epoll.register(grace_fd, select.EPOLLIN)
         self._epoll, self._daemon_epoll = epoll, daemon_epoll
         self._wake_fd = wake_fd
         # A daemon: a worker that ends without close() must not hang in its exit.
-        self._thread = threading.Thread(target=self._run, args=(daemon_epoll,), name="elaswave-links", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(daemon_epoll, grace_fd), name="elaswave-links", daemon=True
+        )
         self._thread.start()
 
     def stop(self, limit_s: float) -> bool:
@@ -95,12 +102,19 @@ class Loop:
             # Not modify(0): a nested epoll wakes the waiter inside the kernel whatever it waits for.
             self._daemon_epoll.unregister(self._epoll)
             self._daemon_serves = False
+        self._led = True
         return True
 
     def follow(self) -> None:
         """Stop leading; the daemon takes over unless somebody leads again soon."""
-        self._grace.set()
+        self._led = False
         self._turn_lock.release()
+        # After the release, as the daemon tries the lock after it has marked the alarm as over: one sees the other.
+        if not self._grace_set:
+            with self._wake_lock:
+                if self._wake_fd >= 0:
+                    self._grace_set = True
+                    self._grace.set()
 
     def call_soon(self, command: Command) -> None:
         """Have `command` run in a turn; dropped if the loop has ended. Any thread; never blocks."""
@@ -141,28 +155,22 @@ class Loop:
     def _end(self) -> None:
         self._ending = True
 
-    def _run(self, daemon_epoll: select.epoll) -> None:
+    def _run(self, daemon_epoll: select.epoll, grace_fd: int) -> None:
         # Signals are for the main thread, which could not be woken by one that lands here.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         timeout: float | None = 0.0
         while not self._ending:
-            daemon_epoll.poll(timeout)
+            ready = daemon_epoll.poll(timeout)
             timeout = None
-            if self._turn_lock.acquire(blocking=False):  # else somebody leads, and sets the alarm when it ends
-                try:
-                    self._serve(daemon_epoll)
-                    timeout = self._timeout()
-                finally:
-                    self._turn_lock.release()
+            if any(fd == grace_fd for fd, _ in ready):
+                self._grace.clear()
+                self._grace_set = False
+            if self._turn_lock.acquire(blocking=False):  # else who leads sets the alarm when it ends
+                self.turn(0.0)
+                timeout = self._timeout()
+                self._turn_lock.release()
         with self._turn_lock:
             self._finish()
-
-    def _serve(self, daemon_epoll: select.epoll) -> None:
-        self._grace.clear()
-        if not self._daemon_serves and self._epoll is not None:
-            daemon_epoll.register(self._epoll, select.EPOLLIN)
-            self._daemon_serves = True
-        self.turn(0.0)
 
     def turn(self, limit_s: float, on_wake: Command | None = None) -> bool:
         """Wait for events for at most `limit_s` seconds, call `on_wake`, handle what is due; False if the loop ends.
@@ -178,8 +186,11 @@ class Loop:
         return not self._ending
 
     def _turn(self, limit_s: float, on_wake: Command | None) -> None:
-        if self._epoll is None:
+        if self._epoll is None or self._daemon_epoll is None:
             return
+        if not self._led and not self._daemon_serves:
+            self._daemon_epoll.register(self._epoll, select.EPOLLIN)
+            self._daemon_serves = True
         timeout = self._timeout()
         ready = self._epoll.poll(limit_s if timeout is None else min(limit_s, timeout), EVENTS_PER_TURN)
         if on_wake is not None:
@@ -206,11 +217,11 @@ class Loop:
         with self._wake_lock:
             os.close(self._wake_fd)
             self._wake_fd = -1
+            self._grace.close()
         for epoll in (self._epoll, self._daemon_epoll):
             if epoll is not None:
                 epoll.close()
         self._epoll = self._daemon_epoll = None
-        self._grace.close()
 
     def _timeout(self) -> float | None:
         if not self._timers:

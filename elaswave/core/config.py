@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elaswave.core.ids import Epoch, WorkerId
+from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError
 
 
@@ -51,9 +51,6 @@ class ControllerConfig:
 
     first_worker: WorkerId = WorkerId(0)
     """First worker id to give; above 0 after a restart of the whole job, as ids are never used again."""
-
-    first_epoch: Epoch = Epoch(1)
-    """Epoch of the first plan; above 1 after a restart of the whole job, as epochs are never used again."""
 
     restarts_used: int = 0
     """Restarts that earlier generations of this job have used up."""

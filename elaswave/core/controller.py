@@ -43,7 +43,7 @@ class Controller(JobEvents):
         try:
             self._dispatch(event)
         except ConfigError as error:
-            self.end(93 if not self.steps_seen else 1, str(error))
+            self.end(93 if not self.step_seconds else 1, str(error))
         except FaultError as error:
             self.end(1, str(error))
         effects, self.effects = self.effects, []

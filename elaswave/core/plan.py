@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 
 from elaswave.core.ids import Epoch, Layer, MicroBatch, NodeId, ShardId, Step, WorkerId
 
+FIRST_EPOCH = Epoch(1)
+"""Epoch of the plan that a job starts with: who is in it starts from initial values or a checkpoint, who comes later
+fetches everything from others."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:

@@ -160,6 +160,8 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _summary(error: BaseException) -> str:
+    if isinstance(error, ElasWaveError):
+        return str(error)
     return "".join(traceback.format_exception_only(error)).strip()
 
 

@@ -10,7 +10,7 @@ from elaswave.comm.links import Links
 from elaswave.core.events import WorkerReady
 from elaswave.core.ids import WorkerId
 from elaswave.core.parameters import block_layout
-from elaswave.core.plan import Plan
+from elaswave.core.plan import FIRST_EPOCH, Plan
 from elaswave.core.settings import WorkerSettings
 from elaswave.errors import DeadlineExceeded
 from elaswave.job import Job
@@ -70,9 +70,9 @@ class Session:
         self._agent.send(WorkerReady(worker=self._me, address=address, job=start.description, fingerprint=mark))
         faults = FaultInjector(self._agent.progress.alive)
         connections = Connections(agent=self._agent, links=links, inbox=self._inbox, faults=faults, settings=settings)
-        plan, is_first = self._await_admission(connections)
+        plan = self._await_admission(connections)
         loop = TrainingLoop(self._job, start, plan, connections, self._device)
-        loop.begin(start, self._early, fresh=is_first)
+        loop.begin(start, self._early, fresh=plan.epoch == FIRST_EPOCH)
         loop.run()
 
     def _await_settings(self) -> WorkerSettings:
@@ -87,9 +87,8 @@ class Session:
                 return found[0]
         raise DeadlineExceeded(f"the agent sent no settings within {SETTINGS_LIMIT_S:g} s")
 
-    def _await_admission(self, connections: Connections) -> tuple[Plan, bool]:
-        """The first plan that counts on this worker, and whether it is the first plan at all. Spares wait here."""
-        is_first = True
+    def _await_admission(self, connections: Connections) -> Plan:
+        """The first plan that counts on this worker. Spares wait here."""
         while True:
             self._agent.progress.alive()
             self._inbox.wait(time.monotonic() + WAIT_S)
@@ -98,10 +97,8 @@ class Session:
                 if isinstance(item, Plan) and self._me in item.ids:
                     for rest in items[index + 1 :]:
                         self._inbox.put(rest)
-                    return item, is_first
-                if isinstance(item, Plan):
-                    is_first = False
-                elif isinstance(item, Received):
+                    return item
+                if isinstance(item, Received):
                     self._early.append(item)
                 else:
                     connections.handle(item)

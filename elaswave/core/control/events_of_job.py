@@ -10,7 +10,7 @@ from elaswave.core.events import (
     WorkDone,
     WorkerReport,
 )
-from elaswave.core.ids import Step
+from elaswave.core.ids import Epoch, Step
 from elaswave.core.incidents import OpenIncident, usual_step
 from elaswave.core.planner.context import MemberReport
 
@@ -21,7 +21,7 @@ class JobEvents(LifecycleControl):
     def worker_report(self, event: WorkerReport) -> None:
         """Merge a monotone report (rule 7.3) and do what it allows."""
         before = self.reports.get(event.worker)
-        adopted = dict(before.adopted_at) if before is not None else {}
+        adopted = self._adoptions_that_matter(before)
         adopted.update(event.adoptions)
         self.reports[event.worker] = MemberReport(
             epoch=event.epoch,
@@ -40,6 +40,13 @@ class JobEvents(LifecycleControl):
             self.advance()
         self._close_incidents()
 
+    def _adoptions_that_matter(self, before: MemberReport | None) -> dict[Epoch, Step]:
+        """Only plans that make copies gate are asked for later; the rest would grow for ever."""
+        if before is None or self.plan is None:
+            return {}
+        gates = set(self.plan.gates.values())
+        return {epoch: step for epoch, step in before.adopted_at.items() if epoch in gates or epoch == self.plan.epoch}
+
     def _reached(self, worker: int, step: Step) -> None:
         if self.plan is not None and worker in self.plan.ids:
             known = self.workers[worker].worker  # type: ignore[index]
@@ -47,16 +54,19 @@ class JobEvents(LifecycleControl):
 
     def step_reported(self, event: StepReported) -> None:
         """The first report of a step counts; all carry the same values."""
-        step = event.result.step
-        self._reached(event.worker, Step(step + 1))
-        if step in self.steps_seen or step < self.next_step:
+        before = self.next_step
+        self._reached(event.worker, Step(event.result.step + 1))
+        if event.result.step >= self.next_step:
+            self.early_steps.setdefault(event.result.step, event)
+        # Who jumped over a step reports a later one before others have reported the one in between.
+        while (first := self.early_steps.pop(self.next_step, None)) is not None:
+            seconds = max(0.0, first.received_at - self.last_step_at) if self.last_step_at else 0.0
+            self.last_step_at = first.received_at
+            self.next_step = Step(self.next_step + 1)
+            self.step_seconds.append(seconds)
+            self.effects.append(StepRecorded(result=first.result, seconds=seconds))
+        if self.next_step == before:
             return
-        self.steps_seen[step] = event.received_at
-        seconds = event.received_at - self.last_step_at if self.last_step_at else 0.0
-        self.last_step_at = event.received_at
-        self.next_step = Step(step + 1)
-        self.step_seconds.append(seconds)
-        self.effects.append(StepRecorded(result=event.result, seconds=seconds))
         if self.plan is not None and len(self.plan.ids) < self.config.layout_workers:
             self.advance()  # a suspect that was ahead of everybody may come back now
         self._close_incidents()

@@ -236,7 +236,7 @@ class LifecycleControl(AdvanceControl):
     def worker_failed(self, event: WorkerFailed) -> None:
         """The user's code, or ours, raised: the job cannot go on."""
         record = self.worker(event.worker)
-        refused = event.kind == "config" and not self.steps_seen
+        refused = event.kind == "config" and not self.step_seconds
         if refused:
             self.end(93, event.message)
             return

@@ -1,7 +1,7 @@
 """What the controller knows, and the primitives that all its reactions use."""
 
 from elaswave.core.config import ControllerConfig
-from elaswave.core.events import Effect, JobDescription, JobEnded, PersistPlan, SendPlans
+from elaswave.core.events import Effect, JobDescription, JobEnded, PersistPlan, SendPlans, StepReported
 from elaswave.core.ids import Epoch, NodeId, ShardId, Step, WorkerId
 from elaswave.core.incidents import OpenIncident
 from elaswave.core.membership import WorkerRecord, WorkerState
@@ -35,7 +35,7 @@ class ControllerState:
         self.joining: set[WorkerId] = set()
         self.uneven = False
         self.incidents: list[OpenIncident] = []
-        self.steps_seen: dict[Step, float] = {}
+        self.early_steps: dict[Step, StepReported] = {}
         self.next_step = Step(0)
         self.last_step_at = 0.0
         self.step_seconds: list[float] = []
@@ -73,9 +73,8 @@ class ControllerState:
         for record in self.workers.values():
             follows = record.admitted_once or record.worker in plan.ids
             if follows and record.state not in (WorkerState.GONE, WorkerState.FENCED):
-                first = self.config.first_epoch if not record.admitted_once else plan.epoch
                 record.admitted_once = True
-                self.effects.append(SendPlans(worker=record.worker, first_epoch=first))
+                self.effects.append(SendPlans(worker=record.worker, first_epoch=plan.epoch))
 
     def end(self, exit_code: int, message: str) -> None:
         """The job is over."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from elaswave.core.ids import Epoch, Step, WorkerId
+from elaswave.core.ids import Step, WorkerId
 from elaswave.core.layout import Layout, Stage, check_batch, partition_layers
 from elaswave.core.placement import place_shards
-from elaswave.core.plan import Member, Plan, RouteTable
+from elaswave.core.plan import FIRST_EPOCH, Member, Plan, RouteTable
 from elaswave.core.routes import balanced_routes
 from elaswave.core.shape import Block, ModelShape, divide_into_shards
 from elaswave.errors import ConfigError
@@ -40,11 +40,11 @@ def initial_plan(
     hosts_of_layer = {layer: grid[p] for p, stage in enumerate(stages) for layer in stage.layers}
     ordered = tuple(sorted(members, key=lambda member: member.worker))
     return Plan(
-        epoch=Epoch(1),
+        epoch=FIRST_EPOCH,
         reason=f"start: {layout.dp} pipelines of {layout.pp} stages",
         members=ordered,
         hosting=hosting,
-        tables=(RouteTable(first_step=step, routes=balanced_routes(stages, grid, micro_batches, Epoch(1))),),
+        tables=(RouteTable(first_step=step, routes=balanced_routes(stages, grid, micro_batches, FIRST_EPOCH)),),
         groups=place_shards(shape, ordered, hosts_of_layer, replicas),
     )
 
