@@ -218,10 +218,16 @@ class Supervisor:
     def _look(self, worker: WorkerId, found: _Worker, inspector: psutil.Process) -> None:
         now = time.monotonic()
         try:
-            state = str(inspector.status())
+            with inspector.oneshot():
+                state = str(inspector.status())
+                times = inspector.cpu_times()
         except psutil.NoSuchProcess:
             return  # its pidfd tells
-        found.memory, verdict = look(found.memory, Sample(now=now, state=state, signs=found.page.signs()), self._limits)
+        found.memory, verdict = look(
+            found.memory,
+            Sample(now=now, state=state, signs=found.page.signs(), cpu_s=times.user + times.system),
+            self._limits,
+        )
         if verdict is None:
             return
         if not isinstance(verdict, Suspect):

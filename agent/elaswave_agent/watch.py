@@ -50,11 +50,13 @@ class WatchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One look at a worker. `state`: of its process, by psutil's names; `now`: CLOCK_MONOTONIC seconds."""
+    """One look at a worker. `state`: of its process, by psutil's names; `now`: CLOCK_MONOTONIC seconds; `cpu_s`: CPU
+    time that it has used."""
 
     now: float
     state: str
     signs: SignsOfLife
+    cpu_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Memory:
     last_alive_at: float = 0.0
     silent_since: float = 0.0
     learnable: bool = False
+    cpu_s: float = 0.0
     state: str = ""
     in_state_since: float = 0.0
     looks_in_state: int = 0
@@ -159,7 +162,7 @@ def _follow_silence(seen: Memory, before: Memory, sample: Sample) -> Memory:
     """Measure the silence under way, and learn the gap that has just ended if it was one of ordinary work."""
     signs, now = sample.signs, sample.now
     moved = signs.last_alive_at > before.last_alive_at
-    gaps, silent_since, learnable = seen.gaps, seen.silent_since, seen.learnable
+    gaps, silent_since, learnable = seen.gaps, seen.silent_since + _starved_s(before, sample), seen.learnable
     if moved:
         if learnable:
             gaps = gaps.with_gap(signs.last_alive_at - before.last_alive_at)
@@ -174,11 +177,19 @@ def _follow_silence(seen: Memory, before: Memory, sample: Sample) -> Memory:
     return replace(
         seen,
         sampled_at=now,
+        cpu_s=sample.cpu_s,
         last_alive_at=max(before.last_alive_at, signs.last_alive_at),
         silent_since=silent_since,
         learnable=learnable and not excused and not at_fault,
         gaps=gaps,
     )
+
+
+def _starved_s(before: Memory, sample: Sample) -> float:
+    """Seconds since the last look in which a runnable process got no CPU: these are the machine's, not its silence."""
+    if sample.state != "running" or before.state != "running" or before.sampled_at is None:
+        return 0.0
+    return max(0.0, sample.now - before.sampled_at - (sample.cpu_s - before.cpu_s))
 
 
 def _find_cause(seen: Memory, sample: Sample, limits: WatchLimits) -> Suspect | None:

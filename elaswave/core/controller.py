@@ -9,6 +9,7 @@ from elaswave.core.events import (
     Effect,
     Event,
     FinalDigest,
+    JobEnded,
     LinkBroken,
     ShowLine,
     StepReported,
@@ -47,6 +48,8 @@ class Controller(JobEvents):
         except FaultError as error:
             self.end(1, str(error))
         effects, self.effects = self.effects, []
+        if effects and isinstance(effects[-1], JobEnded):
+            effects[-1:-1] = self.close_all_incidents()
         return effects
 
     def _dispatch(self, event: Event) -> None:

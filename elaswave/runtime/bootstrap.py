@@ -26,7 +26,7 @@ from typing import NoReturn
 
 from elaswave.core.events import WorkerFailed
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ConfigError, ElasWaveError, JobError, NonFiniteError
+from elaswave.errors import ConfigError, ElasWaveError, JobError, NonFiniteError, UserCodeError
 from elaswave.lifeline import end_with_parent
 from elaswave.process_start import Program, StartRequest
 from elaswave.runtime.agent_link import report_failure
@@ -70,8 +70,8 @@ def run_worker(program: Program) -> NoReturn:
         code = _end_by_exit(stop)
     except BaseException as error:  # outermost frame of the process: reports whatever the script raised
         held = error
-        text = "".join(traceback.format_exception(type(error), error, _of_script(error.__traceback__)))
-        sys.stderr.write(text)
+        text = _trace(error)
+        sys.stderr.write(text or f"{_summary(error)}\n")
         tell_failure(_kind(error), _summary(error), text)
         code = 1
     end_process(code, held)
@@ -157,6 +157,19 @@ def _kind(error: BaseException) -> str:
 def _raised_by_us(error: BaseException) -> bool:
     frames = traceback.extract_tb(_of_script(error.__traceback__))
     return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE_FOLDER)
+
+
+def _trace(error: BaseException) -> str:
+    """The traceback that helps the user: of their own code, from its first frame on; none where the message says all."""
+    if isinstance(error, UserCodeError) and error.__cause__ is not None:
+        cause = error.__cause__
+        found = cause.__traceback__
+        while found is not None and Path(found.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE_FOLDER):
+            found = found.tb_next
+        return "".join(traceback.format_exception(type(cause), cause, found, chain=False))
+    if isinstance(error, JobError | ConfigError):
+        return ""
+    return "".join(traceback.format_exception(type(error), error, _of_script(error.__traceback__)))
 
 
 def _summary(error: BaseException) -> str:

@@ -113,7 +113,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         log_cap_bytes=_size(parsed, "log_cap"),
         start=_choice(parsed, "start", ("fork", "spawn")),
         link_transport=_transport(parsed, standalone or nnodes == 1),
-        node_suspect_s=_seconds(parsed, "node_suspect_s", least=0.3),
+        node_suspect_s=_node_suspect_s(parsed, standalone),
         token_file=_path(parsed, "token_file"),
         end_signals=_signals(parsed.text("signals_to_handle")),
         shutdown_timeout_s=_seconds(parsed, "shutdown_timeout", least=0.0),
@@ -259,6 +259,13 @@ def _number(parsed: Parsed, key: str, least: int = 0) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise ConfigError(f"{_flag(key)} {text}: must be a whole number from {least}")
     return int(text)
+
+
+def _node_suspect_s(parsed: Parsed, standalone: bool) -> float:
+    """On one machine the kernel tells of every death; late beats only mean that the machine is busy."""
+    if not parsed.text("node_suspect_s"):
+        return 30.0 if standalone else 3.0
+    return _seconds(parsed, "node_suspect_s", least=0.3)
 
 
 def _seconds(parsed: Parsed, key: str, least: float) -> float:

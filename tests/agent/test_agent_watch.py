@@ -29,6 +29,7 @@ class Watch:
         self.now = now
         self.alive_at = now
         self.memory = Memory()
+        self.cpu_s = 0.0
         self.verdicts: list[tuple[float, Verdict]] = []
 
     def sweep(
@@ -39,12 +40,16 @@ class Watch:
         stepping: bool = True,
         until: float = 0.0,
         after: float = SWEEP_S,
+        cpu_share: float = 1.0,
     ) -> Verdict:
         self.now += after
+        self.cpu_s += after * cpu_share
         if alive:
             self.alive_at = self.now - 0.01
         signs = SignsOfLife(last_alive_at=self.alive_at, declared_until=until, stepping=stepping)
-        self.memory, verdict = look(self.memory, Sample(now=self.now, state=state, signs=signs), LIMITS)
+        self.memory, verdict = look(
+            self.memory, Sample(now=self.now, state=state, signs=signs, cpu_s=self.cpu_s), LIMITS
+        )
         if verdict is not None:
             self.verdicts.append((self.now, verdict))
         return verdict
@@ -141,6 +146,13 @@ def test_profiler_that_halts_the_process_for_a_moment_is_no_stop() -> None:
         assert watch.sweep(state="tracing-stop") is None
         assert watch.sweep() is None
     assert causes(watch.sweeps(0.5, state="tracing-stop", alive=False)) == ["stopped"]
+
+
+def test_a_worker_that_gets_no_cpu_is_not_silent() -> None:
+    watch = Watch()
+    watch.sweeps(1.0)
+    assert causes(watch.sweeps(60.0, alive=False, cpu_share=0.05)) == []
+    assert causes(watch.sweeps(60.0, alive=False, cpu_share=0.5)) == ["no-progress"]
 
 
 def test_a_profiler_that_halts_a_worker_at_every_look_is_no_stop() -> None:

@@ -86,14 +86,22 @@ class JobEvents(LifecycleControl):
         for incident in self.incidents:
             over = incident.step < self.next_step and incident.edited_at is not None
             if over or (self.plan is not None and self.plan.finished):
-                first = self.start_step()
-                index = incident.step - first
-                seconds = self.step_seconds[index] if 0 <= index < len(self.step_seconds) else 0.0
-                usual = usual_step(self.step_seconds[:index]) or seconds
-                self.effects.append(IncidentClosed(incident=incident.close(seconds, usual)))
+                self.effects.append(self._closed(incident))
             else:
                 still.append(incident)
         self.incidents = still
+
+    def close_all_incidents(self) -> list[IncidentClosed]:
+        """The job is over: what is known of the incidents under way."""
+        closed = [self._closed(incident) for incident in self.incidents]
+        self.incidents = []
+        return closed
+
+    def _closed(self, incident: OpenIncident) -> IncidentClosed:
+        index = incident.step - self.start_step()
+        seconds = self.step_seconds[index] if 0 <= index < len(self.step_seconds) else 0.0
+        usual = usual_step(self.step_seconds[:index]) or seconds
+        return IncidentClosed(incident=incident.close(seconds, usual))
 
     # ------------------------------------------------------------------ durable checkpoints
 
