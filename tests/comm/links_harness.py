@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+import numpy as np
+
 from elaswave.comm import hello
 from elaswave.comm.addresses import LinkOptions, parse_address
 from elaswave.comm.inbox import Inbox, LinkItem, PeerClosed, Received
@@ -75,6 +77,10 @@ class End:
     def nothing_of(self, kind: type[LinkItem]) -> bool:
         self.seen += self.inbox.take_all()
         return not any(isinstance(item, kind) for item in self.seen)
+
+
+def noise(nbytes: int, seed: int = 0) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
 
 
 def meet(one: End, other: End) -> None:

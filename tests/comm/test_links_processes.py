@@ -14,13 +14,6 @@ from elaswave.comm.inbox import PeerClosed, Received
 from elaswave.errors import LinkClosed
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def addresses(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
-    if request.param == "tcp":
-        return ["tcp:127.0.0.1:0"] * 2
-    return [f"unix:{tmp_path}/{number}" for number in range(2)]
-
-
 def know_each_other(end: End, echo: Echo) -> None:
     end.knows(echo)
     echo.knows(end)
