@@ -192,6 +192,9 @@ class Job:
     parameter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations; master values and moments are float32 in any case."""
 
+    device: str = "cpu"
+    """cpu, cuda (each worker takes the device of its local rank) or cuda:INDEX; the same kind on all workers."""
+
     accumulation: Literal["exact64", "float32"] = "exact64"
     """exact64: gradients are summed without rounding errors, so bits do not depend on the layout. float32: they do."""
 

@@ -280,7 +280,8 @@ class FenceWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecorded:
-    """A step was decided: first report of it. `seconds` since the one before (0 for the first)."""
+    """A step was decided: first report of it. `seconds` since the one before, for the first one since the
+    first plan."""
 
     result: StepResult
     seconds: float

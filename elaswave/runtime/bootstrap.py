@@ -160,7 +160,7 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _trace(error: BaseException) -> str:
-    """The traceback that helps the user: of their own code, from its first frame on; none where the message says all."""
+    """The traceback that helps: of the user's code, from its first frame on; none where the message says all."""
     if isinstance(error, UserCodeError) and error.__cause__ is not None:
         cause = error.__cause__
         found = cause.__traceback__

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,15 @@ class Callbacks:
     def needed(self) -> bool:
         """Whether the job has anything to call or keep."""
         return self._job.on_step is not None or self._job.state is not None
+
+    def resume(self, version: int, sealed: Tensor | None) -> None:
+        """Start with the state of a checkpoint, if it has one. Raises ProtocolError where it is damaged."""
+        if sealed is not None and self._job.state is not None:
+            self._snapshot = (version, check_snapshot(sealed))
+
+    def sealed_state(self) -> Tensor | None:
+        """The declared state as the caller has it now; None where the job declares none."""
+        return None if self._job.state is None else seal_snapshot(self._packed())
 
     def step_decided(self, result: StepResult, plan: Plan) -> None:
         """The result of a step is known here."""
@@ -147,7 +156,7 @@ def unpack_state(data: Tensor) -> Mapping[str, StateValue]:
         raise ProtocolError(f"a state of {len(raw)} bytes names a heading of {length}")
     offset = 8 + length
 
-    def rich(value: Any) -> StateValue:  # noqa: ANN401 -- whatever json.loads gives
+    def rich(value: object) -> StateValue:
         nonlocal offset
         if isinstance(value, dict) and "__tensor__" in value:
             dtype = getattr(torch, str(value["dtype"]).removeprefix("torch."))

@@ -25,6 +25,7 @@ from elaswave.job import Job
 from elaswave.runtime.shards import ShardState, state_rows
 
 INDEX = "checkpoint.json"
+USER_STATE = "user_state.bin"
 
 
 def write_shards(
@@ -58,6 +59,18 @@ def write_shards(
     return CheckpointWritten(worker=worker, step=step, shards=tuple(sorted(states)), manifest=json.dumps(manifest))
 
 
+def write_user_state(save_dir: Path, step: Step, data: Tensor | None) -> None:
+    """Write the user's declared state, sealed by its digest, beside the shards; durably. Raises OSError."""
+    if data is None:
+        return
+    folder = save_dir / f"step_{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / USER_STATE, "wb") as file:
+        file.write(data.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     file: Path
@@ -72,8 +85,9 @@ class _Part:
 class CheckpointReader:
     """Reads states of any slices of blocks from a complete checkpoint. `open` checks that it fits the job."""
 
-    def __init__(self, folder: Path, step: Step, parts: tuple[_Part, ...], rows: int) -> None:
+    def __init__(self, folder: Path, step: Step, parts: tuple[_Part, ...], rows: int, job_digest: str) -> None:
         self.folder = folder
+        self.job_digest = job_digest
         self.step = step
         self._parts = parts
         self._rows = rows
@@ -89,6 +103,7 @@ class CheckpointReader:
             ]
             places = {(row[0], row[1]): (row[2], row[3], tuple(row[4])) for row in index["parts"][0]["parameters"]}
             step = Step(int(index["step"]))
+            job_digest = str(index["parts"][0]["job"])
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ConfigError(
                 f"checkpoint {path} cannot be read ({error!r}): give another one with --resume"
@@ -100,7 +115,7 @@ class CheckpointReader:
                     f"checkpoint {folder}: parameter {key[1]!r} of layer {key[0]} is {places.get(key)} there and "
                     f"{wanted.get(key)} in this model (block, offset, shape): resume with the model that wrote it"
                 )
-        return cls(folder, step, tuple(found), state_rows(job.optimizer))
+        return cls(folder, step, tuple(found), state_rows(job.optimizer), job_digest)
 
     @staticmethod
     def _part(folder: Path, file: str, part: Mapping[str, object]) -> _Part:
@@ -114,6 +129,14 @@ class CheckpointReader:
             length=numbers["bytes"],
             sha256=str(part["sha256"]),
         )
+
+    def user_state(self) -> Tensor | None:
+        """The sealed state of the user's, or None where the job that wrote this had none."""
+        try:
+            data = bytearray((self.folder / USER_STATE).read_bytes())
+        except FileNotFoundError:
+            return None
+        return torch.frombuffer(data, dtype=torch.uint8)
 
     def read(self, shard: Shard) -> ShardState:
         """State of any slice of a block. Raises ConfigError for damaged or missing parts."""

@@ -336,6 +336,8 @@ def tensor_of(data: Reader, payload: Tensor) -> Tensor:
         elements *= extent
     if elements * dtype.itemsize != payload.numel():
         raise ProtocolError(f"a tensor of {shape} {dtype} came with {payload.numel()} bytes")
+    if not elements:
+        return torch.empty(shape, dtype=dtype)  # an empty numpy array has strides that a view refuses
     return payload.view(dtype).view(shape)
 
 

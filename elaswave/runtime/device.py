@@ -67,13 +67,13 @@ class CudaDevice:
         return canonical(tensor.to(self._device))
 
 
-def device_of(name: str) -> Device:
-    """The device called "cpu", "cuda" or "cuda:INDEX". Raises ConfigError for any other name."""
+def device_of(name: str, local_rank: int = 0) -> Device:
+    """The device called "cpu", "cuda" (the one of this local rank) or "cuda:INDEX". ConfigError for any other name."""
     kind, _, index = name.partition(":")
     if kind == "cpu" and not index:
         return CpuDevice()
     if kind == "cuda" and (index.isdecimal() or name == "cuda"):
-        return CudaDevice(int(index or 0))
+        return CudaDevice(int(index or local_rank))
     raise ConfigError(f"device {name!r} is not known: give cpu, cuda or cuda:INDEX")
 
 

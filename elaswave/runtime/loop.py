@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -133,6 +133,7 @@ class TrainingLoop:
         self._shell.perform()
         if fresh:
             self._protocol.start_fresh()
+            self._callbacks.resume(self._protocol.job.start_step, start.user_state())
             copies = tuple(self._protocol.copies)
             self._shell.states.update(start.load(self._protocol.job.shape, copies, self._model))
         else:
@@ -216,6 +217,8 @@ class TrainingLoop:
     def _send_report(self) -> None:
         self._report_wanted = False
         report = self._protocol.report()
+        if self._evaluate_due is not None:
+            report = replace(report, finished=False)  # hosts must stay until their blocks are here
         self._reported_ready = report.hosted_ready
         self._reported_finished = report.finished
         self._connections.agent.send(report)
@@ -244,14 +247,16 @@ class TrainingLoop:
             self._callbacks.step_decided(result, plan)
 
     def _after_decision(self) -> None:
-        written = self._saver.write(self._me, self._protocol, self._shell)
-        if written is not None:
-            self._connections.agent.send(written)
+        """Evaluate, then save: what an evaluation changes in the user's state belongs to the same step."""
         if self._evaluate_due is not None:
             blocks = self._gather.collect(self._protocol.plan)
-            if blocks is not None:
-                self._evaluate(self._evaluate_due, blocks)
-                self._evaluate_due = None
+            if blocks is None:
+                return
+            self._evaluate(self._evaluate_due, blocks)
+            self._evaluate_due = None
+        written = self._saver.write(self._me, self._protocol, self._shell, self._callbacks)
+        if written is not None:
+            self._connections.agent.send(written)
 
     def _evaluate(self, step: Step, blocks: Mapping[BlockId, Tensor]) -> None:
         whole = HostedModel(self._job, self._layout, self._device)
@@ -268,7 +273,7 @@ class TrainingLoop:
         """After the last step: say so once everything is here, and take the digest, if one is wanted."""
         if self._protocol.step < self._job.steps:
             return
-        if not self._reported_finished and self._protocol.finished():
+        if not self._reported_finished and self._evaluate_due is None and self._protocol.finished():
             self._report_wanted = True
         plan = self._protocol.plan
         if not self._connections.settings.want_digest or self._evaluate_due is not None or self._me != min(plan.ids):

@@ -61,7 +61,10 @@ class ReferenceResult:
 
 
 def train_reference(
-    job: Job, layout: ReferenceLayout | None = None, on_step: Callable[[StepResult], None] | None = None
+    job: Job,
+    layout: ReferenceLayout | None = None,
+    on_step: Callable[[StepResult], None] | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> ReferenceResult:
     """Run the job to its end in this process. `on_step` sees every result, beside the job's own callback.
 
@@ -74,9 +77,12 @@ def train_reference(
     for step in range(job.steps):
         result = trainer.step(Step(step))
         results.append(result)
-        lines.extend(trainer.call_back(result))
         if on_step is not None:
             on_step(result)
+        for line in trainer.call_back(result):
+            lines.append(line)
+            if on_line is not None:
+                on_line(line)
     return ReferenceResult(steps=tuple(results), digest=trainer.digest(), lines=tuple(lines))
 
 

@@ -8,7 +8,8 @@ from elaswave.core.parameters import BlockLayout
 from elaswave.core.protocol.worker import StepProtocol
 from elaswave.core.settings import WorkerSettings
 from elaswave.progress import ProgressWriter
-from elaswave.runtime.checkpoint import write_shards
+from elaswave.runtime.callbacks import Callbacks
+from elaswave.runtime.checkpoint import write_shards, write_user_state
 from elaswave.runtime.shell import ProtocolShell
 
 SAVE_LIMIT_S = 600.0  # an idle disk needs seconds; a shared file system may stall for minutes
@@ -32,7 +33,9 @@ class CheckpointSaver:
         if every and self._settings.save_dir and (version % every == 0 or version == last):
             self._due = version
 
-    def write(self, me: WorkerId, protocol: StepProtocol, shell: ProtocolShell) -> CheckpointWritten | None:
+    def write(
+        self, me: WorkerId, protocol: StepProtocol, shell: ProtocolShell, callbacks: Callbacks
+    ) -> CheckpointWritten | None:
         """Write the shards owned here, if a checkpoint is due and they are at its version. Raises OSError.
 
         Without all owners' parts the controller makes no index, and the checkpoint does not exist.
@@ -49,6 +52,8 @@ class CheckpointSaver:
         if not mine:
             return None
         with self._progress.long_operation(SAVE_LIMIT_S):
+            if me == min(protocol.plan.ids):
+                write_user_state(Path(self._settings.save_dir), version, callbacks.sealed_state())
             return write_shards(
                 Path(self._settings.save_dir),
                 version,

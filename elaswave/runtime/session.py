@@ -7,7 +7,7 @@ from pathlib import Path
 
 from elaswave.comm.inbox import Inbox, Received
 from elaswave.comm.links import Links
-from elaswave.core.events import WorkerReady
+from elaswave.core.events import UserLine, WorkerReady
 from elaswave.core.ids import WorkerId
 from elaswave.core.parameters import block_layout
 from elaswave.core.plan import FIRST_EPOCH, Plan
@@ -16,7 +16,7 @@ from elaswave.errors import DeadlineExceeded
 from elaswave.job import Job
 from elaswave.runtime.agent_link import AgentLink, Delivery
 from elaswave.runtime.description import describe_job
-from elaswave.runtime.device import CpuDevice, Device, configure_numerics
+from elaswave.runtime.device import Device, configure_numerics, device_of
 from elaswave.runtime.faults import FaultInjector
 from elaswave.runtime.fingerprint import fingerprint
 from elaswave.runtime.loop import WAIT_S, Connections, Item, TrainingLoop
@@ -35,7 +35,7 @@ class Session:
         self._me = worker
         self._inbox: Inbox[Item] = Inbox()
         self._agent = AgentLink(agent_socket, worker, self._deliver)
-        self._device: Device = CpuDevice()
+        self._device: Device = device_of(job.device, int(os.environ.get("LOCAL_RANK", "0")))
         self._early: list[Received] = []
 
     def _deliver(self, item: Delivery) -> None:
@@ -70,6 +70,9 @@ class Session:
         self._agent.send(WorkerReady(worker=self._me, address=address, job=start.description, fingerprint=mark))
         faults = FaultInjector(self._agent.progress.alive)
         connections = Connections(agent=self._agent, links=links, inbox=self._inbox, faults=faults, settings=settings)
+        if start.other_settings and self._me == 0:
+            text = f"{settings.resume_from} was written with other settings: the bits will be those of neither job"
+            self._agent.send(UserLine(worker=self._me, text=text))
         plan = self._await_admission(connections)
         loop = TrainingLoop(self._job, start, plan, connections, self._device)
         loop.begin(start, self._early, fresh=plan.epoch == FIRST_EPOCH)

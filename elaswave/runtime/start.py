@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from elaswave.core.events import JobDescription
 from elaswave.core.ids import BlockId, ShardId
 from elaswave.core.parameters import BlockLayout
@@ -36,6 +38,15 @@ class Start:
             if model.hosts_block(shard.block):
                 model.install(shard, parameters_of(self.checkpoint.read(shard), dtype))
         return {shard: self.checkpoint.read(shape.shards[shard]) for shard in copies}
+
+    def user_state(self) -> Tensor | None:
+        """The user's declared state in the checkpoint, sealed; None without either."""
+        return None if self.checkpoint is None else self.checkpoint.user_state()
+
+    @property
+    def other_settings(self) -> bool:
+        """The checkpoint was written by a job whose settings give other bits."""
+        return self.checkpoint is not None and self.checkpoint.job_digest != self.description.digest
 
     def _install_tied(self, model: HostedModel) -> None:
         """A tied block starts from its group's first layer, which need not be hosted here."""

@@ -27,7 +27,9 @@ def train(job: Job) -> None:
     def show(result: StepResult) -> None:
         sys.stdout.write(f"step {result.step + 1}/{job.steps}  loss {result.loss:.4f}  norm {result.grad_norm:.4f}\n")
 
-    done = train_reference(job, on_step=show)
-    for line in done.lines:
-        sys.stdout.write(f"{line}\n")
+    def show_line(text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    done = train_reference(job, on_step=show, on_line=show_line)
     sys.stdout.write(f"digest {done.digest}\n")

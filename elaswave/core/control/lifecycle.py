@@ -23,6 +23,9 @@ from elaswave.core.planner.initial import initial_plan, make_shape
 from elaswave.core.planner.loss import plan_loss
 from elaswave.errors import ConfigError
 
+LINK_GRACE_S = 1.0
+"""Seconds in which the death of a peer, if that is the cause, is told by its agent."""
+
 
 class LifecycleControl(AdvanceControl):
     """Who is there."""
@@ -227,6 +230,11 @@ class LifecycleControl(AdvanceControl):
                 record.move(Trigger.FENCED)
                 reason = f"no sign of life for {self.config.suspect_grace_s:g} s after suspicion"
                 self.effects.append(FenceWorker(worker=record.worker, reason=reason))
+        for peer, (due, text) in list(self.broken_links.items()):
+            if due <= self.now:
+                del self.broken_links[peer]
+                if self.workers[peer].state is WorkerState.MEMBER and not (self.plan and self.plan.finished):
+                    self.effects.append(ShowLine(text=text))
         if self.start_limit is not None and self.start_limit <= self.now:
             waiting = ", ".join(r.name for r in self.alive() if r.state is WorkerState.STARTING) or "agents"
             self.end(1, f"not ready within {self.config.start_limit_s:g} s: {waiting}")
@@ -247,5 +255,5 @@ class LifecycleControl(AdvanceControl):
         """Evidence only: the peer's agent knows whether it lives."""
         peer: WorkerRecord | None = self.workers.get(WorkerId(event.peer))
         if peer is not None and peer.state is WorkerState.MEMBER:
-            text = f"worker {event.worker} lost its link to {peer.name}: {event.reason}"
-            self.effects.append(ShowLine(text=text))
+            text = f"worker {event.worker} lost its link to {peer.name}, which lives: {event.reason}"
+            self.broken_links.setdefault(peer.worker, (self.now + LINK_GRACE_S, text))

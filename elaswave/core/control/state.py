@@ -39,6 +39,7 @@ class ControllerState:
         self.next_step = Step(0)
         self.last_step_at = 0.0
         self.step_seconds: list[float] = []
+        self.broken_links: dict[WorkerId, tuple[float, str]] = {}
         self.digest = ""
         self.checkpoints: dict[Step, dict[ShardId, str]] = {}
         self.committed = False
@@ -107,5 +108,6 @@ class ControllerState:
 
     def next_deadline(self) -> float | None:
         """When a Tick is wanted at the latest."""
-        limits = [self.start_limit, self.end_limit, *(record.fence_at for record in self.workers.values())]
+        links = (due for due, _ in self.broken_links.values())
+        limits = [*links, self.start_limit, self.end_limit, *(record.fence_at for record in self.workers.values())]
         return min((limit for limit in limits if limit is not None), default=None)
