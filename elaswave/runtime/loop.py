@@ -1,7 +1,7 @@
 """The main loop of a worker that is in the plan: messages, plans, turns of the executor, what follows a decision."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,6 +86,7 @@ class TrainingLoop:
         self._device = device
         self._left = False
         self._resync: dict[WorkerId, float] = {}
+        self._peers: set[WorkerId] = set(plan.ids) - {me}
         self._report_wanted = True
         self._reported_ready = self._reported_finished = self._digest_sent = False
         self._evaluate_due: Step | None = None
@@ -185,6 +186,9 @@ class TrainingLoop:
         self._callbacks.plan_changed(plan)
         self._report_wanted = True
         self._left = plan.finished
+        if self._left:
+            self._forget(self._peers - plan.ids)
+        self._peers |= plan.ids - {self._me}
 
     def _handle_frame(self, frame: Received) -> None:
         reader = Reader(frame.meta)
@@ -315,6 +319,14 @@ class TrainingLoop:
             broken = LinkBroken(worker=self._me, peer=closed.peer, reason=closed.reason)
             self._connections.agent.send(broken)
             self._resync.setdefault(closed.peer, time.monotonic() + RESYNC_AFTER_S)
+        elif closed.peer not in self._protocol.plan.ids:
+            self._forget({closed.peer})
+
+    def _forget(self, peers: Set[WorkerId]) -> None:
+        """Drop what waits for workers that nobody counts on any more; one that lives dials again by itself."""
+        for peer in peers:
+            self._connections.links.forget(peer)
+        self._peers -= peers
 
     def _resync_due(self) -> None:
         now = time.monotonic()

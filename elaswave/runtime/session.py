@@ -24,7 +24,7 @@ from elaswave.runtime.start import find_start
 
 SETTINGS_LIMIT_S = 60.0
 PAYLOAD_LIMIT_BYTES = 8 << 30
-CLOSE_LIMIT_S = 5.0
+CLOSE_LIMIT_S = 1.0  # by then all that others need has been confirmed by plan
 
 
 class Session:
