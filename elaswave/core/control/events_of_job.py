@@ -44,8 +44,8 @@ class JobEvents(LifecycleControl):
         """Only plans that make copies gate are asked for later; the rest would grow for ever."""
         if before is None or self.plan is None:
             return {}
-        gates = set(self.plan.gates.values())
-        return {epoch: step for epoch, step in before.adopted_at.items() if epoch in gates or epoch == self.plan.epoch}
+        oldest = min(self.plan.gates.values(), default=self.plan.epoch)
+        return {epoch: step for epoch, step in before.adopted_at.items() if epoch >= oldest}
 
     def _reached(self, worker: int, step: Step) -> None:
         if self.plan is not None and worker in self.plan.ids:
