@@ -98,7 +98,7 @@ class AdoptionProtocol(CopyProtocol):
         if was != now:
             self.reforward(shard, now)
             if now.owner == self.me and was.owner != self.me and shard in self.copies:
-                self.publish(shard, self.hosts(shard))
+                self.publish_as_new_owner(shard)
         if self.me in now.everyone and self.copies.get(shard, -1) < self.step:
             self.ask_for_state(shard)
         if now.owner == self.me and was.owner == self.me and shard in self.copies:
@@ -107,6 +107,10 @@ class AdoptionProtocol(CopyProtocol):
     def reforward(self, shard: ShardId, group: Group) -> None:
         """Whoever holds the reduced gradient under way sends it to the changed group (rule 4.2)."""
         self.send_reduced(self.step, shard, group.everyone)
+
+    def publish_as_new_owner(self, shard: ShardId) -> None:
+        """What the owner before published may be lost: publish again (rule 4.9)."""
+        self.publish(shard, self.hosts(shard))
 
     def publish_to_new_hosts(self, shard: ShardId, old: Plan) -> None:
         """An owner publishes to hosts that the plan adds (rule 4.9)."""
@@ -137,6 +141,14 @@ class AdoptionProtocol(CopyProtocol):
             i_gate = i_gate or self.me in new
             if self.me in now.gating:
                 told |= new - {self.me}
-        self.tell_decided(tuple(sorted(told)))
+        self.tell_gates(tuple(sorted(told)))
         if i_gate:
-            self.tell_decided(tuple(sorted(plan.ids - {self.me})))
+            self.tell_as_gate(tuple(sorted(plan.ids - {self.me})))
+
+    def tell_gates(self, gates: tuple[WorkerId, ...]) -> None:
+        """As one of the group, tell copies that begin to gate what they may have missed."""
+        self.tell_decided(gates)
+
+    def tell_as_gate(self, others: tuple[WorkerId, ...]) -> None:
+        """As a copy that begins to gate, tell what is decided: others may wait for a "have" that never comes."""
+        self.tell_decided(others)

@@ -143,7 +143,7 @@ class ReductionProtocol(ComputeProtocol):
             if (self.me, shard) in have:
                 continue
             found = self.reduced.get((self.step, shard))
-            if found is not None and version == self.step:
+            if found is not None and self.counts_as_held(version):
                 news.append((shard, found.scalars))
             elif self.me in self.plan.groups[shard].gating:
                 waiting = True
@@ -152,6 +152,10 @@ class ReductionProtocol(ComputeProtocol):
                 have[(self.me, shard)] = scalars
             self._send_have(tuple(sorted(news, key=lambda item: item[0])), self._others())
             self.try_decide()
+
+    def counts_as_held(self, version: int) -> bool:
+        """A copy with the reduced gradient of the step counts only at the version of the step."""
+        return version == self.step
 
     def tell_have(self, to: tuple[WorkerId, ...]) -> None:
         """Repeat to these workers all that this worker has said in the step under way."""

@@ -155,6 +155,10 @@ class ProtocolState:
         """The plan or the step changed: recompute what is derived from both."""
         self._my_sums = None
 
+    def is_needed(self, step: Step, shard: ShardId) -> bool:
+        """A reduced gradient is kept until the copy here has applied it, not only until its step is decided."""
+        return step >= self.copies.get(shard, self.step - 1)
+
     # ------------------------------------------------------------------ for exploration
 
     def clone(self) -> Self:
@@ -188,6 +192,6 @@ def forget_steps_before(state: ProtocolState, step: Step) -> None:
     state.sent_reduced = {key: group for key, group in state.sent_reduced.items() if key[0] >= step}
     state.sent_partials = {key: sent for key, sent in state.sent_partials.items() if key[0].step >= step}
     state.have = {key: have for key, have in state.have.items() if key >= step}
-    state.reduced = {key: found for key, found in state.reduced.items() if key[0] >= state.copies.get(key[1], step - 1)}
+    state.reduced = {key: found for key, found in state.reduced.items() if state.is_needed(key[0], key[1])}
     oldest = min([step - 1, *state.copies.values()])
     state.decisions = {key: decision for key, decision in state.decisions.items() if key >= oldest}

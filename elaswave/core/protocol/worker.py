@@ -61,8 +61,7 @@ class StepProtocol(AdoptionProtocol):
     def receive(self, source: WorkerId, fact: object, payload: Payload = None) -> None:
         """A fact arrived from `source` (possibly this worker itself)."""
         if isinstance(fact, Activation | Gradient | Partial | Have) and fact.step < self.step:
-            if source != self.me:
-                self.tell_decided((source,))
+            self.answer_decided(source)
             return
         match fact:
             case Activation() | Gradient():
@@ -86,6 +85,10 @@ class StepProtocol(AdoptionProtocol):
                 self.receive_state(source, fact, payload)
             case _:
                 raise InvariantError(f"no rule for a fact of type {type(fact).__name__}")
+
+    def answer_decided(self, source: WorkerId) -> None:
+        """Who still works on a step that is decided here gets the decision (rule 4.6)."""
+        self.tell_decided((source,))
 
     def resync(self, peer: WorkerId) -> None:
         """A link with a live peer broke and may have lost frames: tell it again all that it may need from here.
