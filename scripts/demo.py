@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ LEAST_STEPS = 8
 
 RUN_LIMIT_S = 1200.0
 """A run takes half a minute on two idle cores; this is for machines that do much else."""
+
+WIDTH = 100
+"""Columns of a shown command line."""
 
 END_LIMIT_S = 8.0
 """The launcher ends everything within 5 s of a signal."""
@@ -64,7 +68,9 @@ class Incident:
     step_hops: int
 
 
-TIMES = ("detect", "plan", "edit", "repair", "delay")
+TIMES = ("detect", "plan", "edit", "repair", "resume", "delay")
+"""Fields of an incident in the report, less their "_s". resume: from the last sign of life to the first lost pass begun
+elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +111,7 @@ def demonstrate(steps: int, folder: Path) -> int:
     """Both runs, with their reports in `folder`, and the comparison. Raises DemoError, OSError."""
     _say(f"1. {steps} steps with 8 workers on 4 emulated nodes: DP 4 x PP 2. {len(KILLS)} workers get SIGKILL.\n")
     disturbed = train((*ELASTIC, *injections(steps)), steps, folder / "killed.json")
-    _say(f"\nIncidents (steps from 1, as above; --inject counts from 0)\n\n{table(disturbed.incidents)}\n")
+    _say(f"\nIncidents (steps from 1, as above; --inject counts from 0)\n\n{table(disturbed.incidents)}")
     killed = sum(len(incident.workers) for incident in disturbed.incidents if incident.cause == "killed")
     if killed != len(KILLS):
         raise DemoError(f"{killed} workers were killed instead of {len(KILLS)}: the comparison would show nothing")
@@ -132,7 +138,8 @@ def train(flags: Sequence[str], steps: int, report: Path) -> Run:
     """Run elaswave-launch with these flags; what it reports. Raises DemoError where it fails."""
     launcher = Path(sys.executable).with_name("elaswave-launch")
     shown = ["elaswave-launch", *flags, "--report", report.name, str(EXAMPLE), "--steps", str(steps), *TRAINING]
-    _say(f"   $ {shlex.join(shown)}\n")
+    lines = textwrap.wrap(shlex.join(shown), WIDTH, break_long_words=False, break_on_hyphens=False)
+    _say("   $ " + " \\\n       ".join(lines) + "\n")
     command = [str(launcher), *flags, "--report", str(report.resolve()), str(EXAMPLE), "--steps", str(steps), *TRAINING]
     exit_code = _run(command)
     if exit_code != 0:

@@ -22,7 +22,7 @@ LIMIT_S = 60.0
 @pytest.fixture
 def incident() -> demo.Incident:
     return demo.Incident(
-        cause="killed", workers=(5,), step=9, phase="backward", times=(0.025, 0.004, -1.0, 0.3, -0.05),
+        cause="killed", workers=(5,), step=9, phase="backward", times=(0.025, 0.004, -1.0, 0.3, 0.2, -0.05),
         redone_hops=6, dead_hops=7, step_hops=64,
     )  # fmt: skip
 
@@ -76,8 +76,8 @@ def test_a_run_in_which_nobody_died_is_a_failure(
 def test_table_shows_what_is_known(incident: demo.Incident) -> None:
     join = replace(incident, cause="join", workers=(8,), phase="", redone_hops=0, dead_hops=0)
     lines = [line.split() for line in demo.table([incident, join]).splitlines()]
-    assert lines[1] == ["10", "worker", "5", "killed", "backward", "25", "4", "-", "300", "-50", "7", "6", "64"]
-    assert lines[2] == ["10", "worker", "8", "joins", "-", "25", "4", "-", "300", "-50", "-", "-", "-"]
+    assert lines[1] == ["10", "worker", "5", "killed", "backward", "25", "4", "-", "300", "200", "-50", "7", "6", "64"]
+    assert lines[2] == ["10", "worker", "8", "joins", "-", "25", "4", "-", "300", "200", "-50", "-", "-", "-"]
 
 
 def test_reads_a_report(run: demo.Run, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_flags_exist() -> None:
     unknown = {
         f"{document.relative_to(ROOT)}: {flag}"
         for document in DOCUMENTS
-        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", document.read_text())
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", document.read_text())
         if flag not in known
     }
     assert not unknown
