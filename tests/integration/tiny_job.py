@@ -21,12 +21,14 @@ from torch.nn import functional
 from elaswave import AdamW, Job, train
 from elaswave.core.events import StepResult
 
-WORDS = 32
+WORDS = 64
 POISON = WORDS
 """A token whose embedding is infinite; one sample in `POISON_EVERY` of a poisoned data set begins with it."""
 
 POISON_EVERY = 40
-WIDTH = 16
+WIDTH = 64
+"""With it every layer is cut into as many shards as there are replicas: all workers own something."""
+
 LENGTH = 8
 SAMPLES = 5000
 
