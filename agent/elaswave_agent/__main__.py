@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from elaswave.errors import ConfigError, ElasWaveError, InvariantError
 from elaswave.lifeline import end_with_parent
+from elaswave.priority import be_urgent
 from elaswave_agent.daemon import Agent
 from elaswave_agent.options import AgentOptions, parse_options
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
         if options.parent_pid is not None:
             end_with_parent(options.parent_pid)
+        be_urgent()
         token = _read_token(options)
         _make_log_folder(options)
         asyncio.run(_run(options, token))

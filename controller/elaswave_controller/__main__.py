@@ -5,6 +5,7 @@ import sys
 
 from elaswave.core.controller import Controller
 from elaswave.errors import ElasWaveError
+from elaswave.priority import be_urgent
 from elaswave_controller.options import read_options
 from elaswave_controller.process import run_controller
 from elaswave_controller.shell import REFUSED
@@ -14,6 +15,7 @@ def main() -> int:
     """Run the controller; errors before the first step are one line on stderr."""
     try:
         options = read_options(sys.argv[1:])
+        be_urgent()
         return asyncio.run(run_controller(options, Controller))
     except (ElasWaveError, OSError) as error:
         sys.stderr.write(f"elaswave controller: {error}\n")

@@ -28,6 +28,7 @@ from elaswave.core.events import WorkerFailed
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, ElasWaveError, JobError, NonFiniteError, UserCodeError
 from elaswave.lifeline import end_with_parent
+from elaswave.priority import be_ordinary
 from elaswave.process_start import Program, StartRequest
 from elaswave.runtime.agent_link import report_failure
 
@@ -216,6 +217,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument("--module", action="store_true")
     options = parser.parse_args(given[:place])
     end_with_parent(options.parent_pid)
+    be_ordinary()
     run_worker(Program(target=target, arguments=tuple(rest), is_module=options.module))
 
 

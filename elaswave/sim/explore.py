@@ -314,10 +314,12 @@ class _Chooser:
         return weight * self.speed[action.args[0]] if action.name in ("deliver", "hop", "adopt", "hear") else weight
 
 
-def walk(scene: Scene, seed: int, protocol: type[StepProtocol] = StepProtocol) -> WalkResult:
+def walk(
+    scene: Scene, seed: int, protocol: type[StepProtocol] = StepProtocol, kind: type[World] = World
+) -> WalkResult:
     """One random run to its end. Raises Violation, with the seed in its message."""
     chooser = _Chooser(scene, seed)
-    world = World(scene, protocol)
+    world = kind(scene, protocol)
     taken: list[Action] = []
     try:
         while len(taken) < MAX_ACTIONS:

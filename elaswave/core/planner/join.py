@@ -98,13 +98,14 @@ def may_return(plan: Plan, reports: Reports, worker: WorkerId, fastest: Step) ->
     if report is None or report.epoch != plan.epoch:
         return False
     return report.step <= fastest or all(
-        _survives(plan, reports, ShardId(shard), worker, report.step) for shard in range(len(plan.groups))
+        _survives(plan, reports, ShardId(shard), report.step) for shard in range(len(plan.groups))
     )
 
 
-def _survives(plan: Plan, reports: Reports, shard: ShardId, back: WorkerId, top: Step) -> bool:
+def _survives(plan: Plan, reports: Reports, shard: ShardId, top: Step) -> bool:
+    """The owner can follow to step `top`; where there is none, somebody can that is alive and up to date."""
     owner = plan.groups[shard].owner
-    holders = (*plan.ids, back) if owner is None else (owner,)
+    holders = [worker for worker, report in reports.items() if report.epoch == plan.epoch] if owner is None else [owner]
     return any(may_own(reports[holder], shard, top) for holder in holders if holder in reports)
 
 
