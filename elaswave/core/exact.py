@@ -46,4 +46,4 @@ def exact_to_float(total: Exact) -> float:
     try:
         return total / (1 << _UNIT_EXPONENT)
     except OverflowError:
-        return math.copysign(math.inf, total)
+        return math.inf if total > 0 else -math.inf
