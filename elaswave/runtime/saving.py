@@ -49,11 +49,11 @@ class CheckpointSaver:
             for shard, state in shell.states.items()
             if groups[shard].owner == me and copies.get(shard) == version
         }
-        if not mine:
-            return None
         with self._progress.long_operation(SAVE_LIMIT_S):
             if me == min(protocol.plan.ids):
                 write_user_state(Path(self._settings.save_dir), version, callbacks.sealed_state())
+            if not mine:
+                return None
             return write_shards(
                 Path(self._settings.save_dir),
                 version,
