@@ -104,7 +104,10 @@ class _Lines:
 class Job:
     """A running launcher. Use `Ground.start`; ended by `Ground`'s end at the latest."""
 
-    def __init__(self, arguments: Sequence[str], work: Path, environment: dict[str, str], report: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], work: Path, environment: dict[str, str], report: Path, limit_s: float
+    ) -> None:
+        self._limit_s = limit_s
         self._work = work
         self._report = report
         self._started_at = time.monotonic()
@@ -129,7 +132,7 @@ class Job:
     def wait_line(self, pattern: str, count: int = 1) -> str:
         """The `count`-th line of stderr that matches; fails when the job ends, or the limit passes, before it."""
         stream = self._streams[1]
-        deadline = self._started_at + LIMIT_S
+        deadline = self._started_at + self._limit_s
         with stream.changed:
             while True:
                 found = [line for line in stream.lines if re.search(pattern, line)]
@@ -141,12 +144,14 @@ class Job:
     def wait(self) -> Ended:
         """Until the launcher has ended. Fails when late, with the stacks of its processes where py-spy is installed."""
         try:
-            code = self.process.wait(max(0.0, self._started_at + LIMIT_S - time.monotonic()))
+            code = self.process.wait(max(0.0, self._started_at + self._limit_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             stacks = self._stacks()
             self.process.kill()
             self.process.wait()
-            raise AssertionError(f"not ended after {LIMIT_S:g} s\n{self._story()}\n--- stacks\n{stacks}") from None
+            raise AssertionError(
+                f"not ended after {self._limit_s:g} s\n{self._story()}\n--- stacks\n{stacks}"
+            ) from None
         seconds = time.monotonic() - self._started_at
         for reader in self._readers:
             reader.join(LIMIT_S)
@@ -206,19 +211,26 @@ class Ground:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PET_", "ELASWAVE_"))}
         return {**kept, "XDG_RUNTIME_DIR": str(self._runtime)}
 
-    def start(self, flags: Sequence[str], script_flags: Sequence[str] = (), script: Path = SCRIPT) -> Job:
+    def start(
+        self,
+        flags: Sequence[str],
+        script_flags: Sequence[str] = (),
+        *,
+        script: Path = SCRIPT,
+        limit_s: float = LIMIT_S,
+    ) -> Job:
         """Start a launcher; each run has its own log folder and report."""
         folder = self.work / f"run{len(self._jobs)}"
         folder.mkdir()
         report = folder / "report.json"
         arguments = [*flags, f"--report={report}", f"--log-dir={folder / 'logs'}", str(script), *script_flags]
-        job = Job(arguments, folder, self.environment, report)
+        job = Job(arguments, folder, self.environment, report, limit_s)
         self._jobs.append(job)
         return job
 
-    def run(self, flags: Sequence[str], script_flags: Sequence[str] = (), script: Path = SCRIPT) -> Ended:
+    def run(self, flags: Sequence[str], script_flags: Sequence[str] = ()) -> Ended:
         """A run to its end, with proof that nothing of it stays."""
-        ended = self.start(flags, script_flags, script).wait()
+        ended = self.start(flags, script_flags).wait()
         self.check_nothing_left()
         return ended
 
