@@ -1,0 +1,128 @@
+"""Detection: how soon SIGSTOP is recognised, and whether training beside busy loops raises a false alarm.
+
+    python benchmarks/detection.py [--quick] [--json FILE]
+
+A real SIGSTOP from outside hits a random worker of 8 (DP 4 x PP 2, emulated device) at a random moment. Recognised is
+when the agent notices it by the state of the process. The report counts from the worker's last sign of life, which may
+be up to half a second before the signal where the worker waited for others; the table takes the time from the signal
+until the first instruction that somebody else runs in its place, which is the later and the more useful moment, beside
+the report's detect_s. After each trial the stopped worker is killed, so that its restart need not wait for its fencing.
+
+For false alarms the same job trains beside busy loops: any incident, and any worker that is seen in a state other than
+"member", is an alarm.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+
+from common import BenchmarkFailed, Options, Row, Target, make_parser, options_of, run, say
+from faults import START_LIMIT_S, STEPS, Campaign, Emulation, executions_around
+from instructions import Loss, Records
+from launching import Job, Place, make_place
+
+LOOK_EVERY_S = 0.25
+_BUSY = """\
+import sys
+from elaswave.lifeline import end_with_parent
+end_with_parent(int(sys.argv[1]))
+while True:
+    pass
+"""
+
+
+def stop_rows(place: Place, trials: int, options: Options) -> tuple[list[Row], list[str]]:
+    """SIGSTOP at random moments."""
+    emulation = Emulation(dp=4, pp=2, nnodes=4, restarts=trials)
+    failures: list[str] = []
+    campaign = Campaign(
+        place=place,
+        emulation=emulation,
+        number=signal.SIGSTOP,
+        count=trials,
+        generator=random.Random(options.seed),
+        failures=failures,
+    )
+    detect: list[float] = []
+    resume: list[float] = []
+    by_state = 0
+    for story in campaign.run():
+        records = Records(story.records)
+        for fault in story.faults:
+            detect.append(1e3 * fault.incident.detect_s)
+            by_state += fault.incident.cause == "stopped"
+            facts = Loss(executions_around(story, fault, emulation, records), fault.worker, fault.at).facts()
+            resume += [1e3 * facts.resume_s] if facts is not None else []
+    within = Target(of="max", limit=1000)
+    rows = [
+        Row(what="SIGSTOP to first instruction in its place (records)", unit="ms", figures=resume, target=within),
+        Row(what="last sign of life to noticed (report)", unit="ms", figures=detect, target=within),
+        Row(
+            what="recognised by process state",
+            unit="",
+            figures=[by_state],
+            target=Target(of="min", limit=len(detect), least=True),
+            note=f"of {len(detect)}",
+        ),
+        Row(what="jobs not back in full strength", unit="", figures=[len(failures)], target=Target(of="max", limit=0)),
+    ]
+    return rows, [f"failure: {text}" for text in failures]
+
+
+def count_alarms(job: Job, workers: int, seconds: float) -> tuple[int, int]:
+    """Train for this long: (false alarms, steps)."""
+    first = job.wait_steady(workers, 1, START_LIMIT_S)
+    began = time.monotonic()
+    alarms: set[tuple[int, str]] = set()
+    step, shown = first.step, began
+    while time.monotonic() < began + seconds:
+        status = job.status()
+        if status is not None:
+            alarms |= {(worker.worker, worker.state) for worker in status.workers if worker.state != "member"}
+            alarms |= {(worker, incident.cause) for incident in status.incidents for worker in incident.workers}
+            step = max(step, status.step)
+        if time.monotonic() > shown + 30:
+            shown = time.monotonic()
+            say(f"{shown - began:.0f} of {seconds:g} s: step {step}, {len(alarms)} alarms")
+        time.sleep(LOOK_EVERY_S)
+    if step == first.step:
+        raise BenchmarkFailed(f"no step was made in {seconds:g} s")
+    return len(alarms), step - first.step
+
+
+def alarm_rows(place: Place, seconds: float, loops: int) -> list[Row]:
+    """Training beside busy loops."""
+    emulation = Emulation(dp=4, pp=2, nnodes=4)
+    script_flags = emulation.script_flags(place.folder("records"), steps=10 * STEPS)
+    job = place.launch(emulation.flags, "emulated.py", script_flags)
+    output = place.folder("busy") / "output.txt"
+    for _ in range(loops):
+        place.start([sys.executable, "-c", _BUSY, str(os.getpid())], output)
+    alarms, steps = count_alarms(job, emulation.workers, seconds)
+    job.stop()
+    note = f"{steps} steps in {seconds:g} s beside {loops} busy loops"
+    return [Row(what="false alarms", unit="", figures=[alarms], target=Target(of="max", limit=0), note=note)]
+
+
+def main() -> None:
+    """Measure both."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--trials", type=int, metavar="N", help="SIGSTOPs (default: 10, with --quick 2)")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="training beside busy loops (default: 10; quick: 0.5)"
+    )
+    parser.add_argument("--loops", type=int, default=2, metavar="N", help="busy loops (default: 2)")
+    found = parser.parse_args()
+    trials = found.trials or (2 if found.quick else 10)
+    minutes = found.minutes or (0.5 if found.quick else 10)
+    options = options_of("detection", found)
+    with make_place() as place:
+        rows, notes = stop_rows(place, trials, options)
+        rows += alarm_rows(place, 60 * minutes, found.loops)
+    options.finish(rows, notes)
+
+
+if __name__ == "__main__":
+    run(main)
