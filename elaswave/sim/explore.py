@@ -314,9 +314,7 @@ class _Chooser:
         return weight * self.speed[action.args[0]] if action.name in ("deliver", "hop", "adopt", "hear") else weight
 
 
-def walk(
-    scene: Scene, seed: int, protocol: type[StepProtocol] = StepProtocol, kind: type[World] = World
-) -> WalkResult:
+def walk(scene: Scene, seed: int, protocol: type[StepProtocol] = StepProtocol, kind: type[World] = World) -> WalkResult:
     """One random run to its end. Raises Violation, with the seed in its message."""
     chooser = _Chooser(scene, seed)
     world = kind(scene, protocol)
