@@ -80,20 +80,31 @@ class LifecycleControl(AdvanceControl):
             return
         if self.job is None:
             self.job, self.fingerprint = event.job, event.fingerprint
-        elif event.job.digest != self.job.digest:
-            raise ConfigError(
+        difference = self._difference(record, event)
+        if self.plan is None:
+            if difference:
+                raise ConfigError(difference)
+            self._begin_when_ready()
+        elif difference:
+            record.move(Trigger.FENCED)
+            self.effects.append(FenceWorker(worker=record.worker, reason=difference))
+            self.effects.append(ShowLine(text=f"not admitted: {difference}"))
+        else:
+            self.advance()
+
+    def _difference(self, record: WorkerRecord, event: WorkerReady) -> str:
+        """Why this worker cannot take part in the job; empty where it can."""
+        if self.job is not None and event.job.digest != self.job.digest:
+            return (
                 f"{record.name} runs another job (digest {event.job.digest[:12]}, others {self.job.digest[:12]}): "
                 "script, arguments and data must be the same on all workers"
             )
-        elif event.fingerprint != self.fingerprint:
-            raise ConfigError(
+        if event.fingerprint != self.fingerprint:
+            return (
                 f"{record.name} computes other bits (fingerprint {event.fingerprint[:12]}, others "
                 f"{self.fingerprint[:12]}): hardware, libraries and thread counts must be the same on all workers"
             )
-        if self.plan is None:
-            self._begin_when_ready()
-        else:
-            self.advance()
+        return ""
 
     def _begin_when_ready(self) -> None:
         alive = self.alive()
