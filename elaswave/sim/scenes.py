@@ -34,7 +34,10 @@ EXHAUSTIVE = {
     "dp2, 2 steps": replace(DP2, steps=2),
     "pp2": PP2,
     "dp2, late reports": replace(DP2, late_reports=True),
-    "dp2, cut": replace(DP2, crashes=0, cuts=1),
+    "dp2, cut": replace(DP2, cuts=1),
+    "pp2, 2 steps": replace(PP2, steps=2),
+    "pp2, cut": replace(PP2, crashes=0, cuts=1),
+    "pp2, capped log": replace(PP2, log_cap=0),
 }
 """Small enough to visit every state within seconds."""
 
