@@ -104,7 +104,7 @@ def resolve_queries(context: PlanningContext, plan: Plan, reports: Reports) -> P
     lost: list[ShardId] = []
     for shard in plan.queries:
         group = plan.groups[shard]
-        able = [member.worker for member in plan.members if may_own(reports[member.worker], shard, top)]
+        able = sorted(worker for worker in plan.ids if may_own(reports[worker], shard, top))
         if not able:
             lost.append(shard)
             continue
