@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planning_strategies import Job, check_plan, jobs
 
 from elaswave.core.ids import Epoch, NodeId, ShardId, Step, WorkerId
-from elaswave.core.plan import Member, Plan
+from elaswave.core.plan import Group, Member, Plan
 from elaswave.core.planner.context import MemberReport, PlanningContext, Reports
 from elaswave.core.planner.copies import StateIsGone, advance_copies, resolve_queries
 from elaswave.core.planner.join import plan_join, plan_routes
@@ -33,12 +33,14 @@ def named(plan: Plan) -> set[WorkerId]:
     return hops | copies | set(plan.hosting) | {member.worker for member in plan.members}
 
 
-def check_loss(context: PlanningContext, old: Plan, new: Plan, lost: Lost) -> None:
+def check_loss(context: PlanningContext, old: Plan, new: Plan, lost: Lost, slowest: Step = Step(0)) -> None:
     """What a loss may change, given that `old` had no shortage of copies."""
     check_plan(context, new)
     assert new.epoch == old.epoch + 1
     assert not named(new) & lost
     assert new.members == tuple(member for member in old.members if member.worker not in lost)
+    for step in map(Step, range(slowest, slowest + 12)):
+        assert new.table(step).first_step == old.table(step).first_step
     for table in new.tables:
         was = next(found for found in old.tables if found.first_step == table.first_step)
         for _, hop in moved_hops(was.routes, table.routes):
@@ -117,10 +119,16 @@ def test_only_confirmed_copies_are_promoted(job: Job, data: st.DataObject) -> No
     for group in job.plan.groups:
         roles = [data.draw(st.sampled_from(["replicas", "joining", "catch_up"])) for _ in group.replicas]
         by_role = {
-            role: tuple(w for w, r in zip(group.replicas, roles, strict=True) if r == role)
-            for role in ("replicas", "joining", "catch_up")
+            role: tuple(w for w, r in zip(group.replicas, roles, strict=True) if r == role) for role in set(roles)
         }
-        demoted.append(replace(group, **by_role))
+        demoted.append(
+            Group(
+                owner=group.owner,
+                replicas=by_role.get("replicas", ()),
+                joining=by_role.get("joining", ()),
+                catch_up=by_role.get("catch_up", ()),
+            )
+        )
     gates = {ShardId(index): Epoch(1) for index, group in enumerate(demoted) if group.joining}
     plan = replace(job.plan, groups=tuple(demoted), gates=gates)
     lost = draw_lost(data, plan)
@@ -177,7 +185,7 @@ def test_new_routes_leave_earlier_steps_as_they_are(job: Job, data: st.DataObjec
             assert all(hop.epoch == new.epoch for route in new.table(step).routes for hop in route)
         plan = new
     lost = draw_lost(data, plan)
-    check_loss(context, plan, plan_loss(context, plan, lost, slowest, "lost"), lost)
+    check_loss(context, plan, plan_loss(context, plan, lost, slowest, "lost"), lost, slowest)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -231,7 +239,7 @@ def test_any_sequence_of_losses_and_joins_keeps_all_that_must_hold(job: Job, dat
         if what == "lose" and len(old.ids) > 1:
             lost = draw_lost(data, old)
             life.plan = plan_loss(life.context, old, lost, life.step, "lost")
-            check_loss(life.context, old, life.plan, lost)
+            check_loss(life.context, old, life.plan, lost, life.step)
         elif what == "join":
             members = tuple(joiner(100 + 2 * number + i, data.draw(st.integers(0, 4))) for i in range(1 + number % 2))
             joined = plan_join(life.context, old, members, "joins")
