@@ -11,12 +11,12 @@ from elaswave.core.events import RepairHop, WorkDone
 from elaswave.core.facts import LossScalars, NonFinite
 from elaswave.core.ids import Epoch, Layer, MicroBatch, Step, WorkerId
 from elaswave.core.plan import Hop, Plan, RouteTable
-from elaswave.core.protocol.state import EdgeKey, SumKey
+from elaswave.core.protocol.state import EdgeKey, HopKey, SumKey
 from elaswave.core.schedule import Instruction, Kind, Program, make_schedule
 from elaswave.progress import ProgressWriter
 from elaswave.runtime.device import Device
 from elaswave.runtime.faults import FaultInjector
-from elaswave.runtime.hops import HopKey, HopRunner
+from elaswave.runtime.hops import HopRunner
 from elaswave.runtime.shell import ProtocolShell
 
 

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from elaswave.core.ids import Layer, MicroBatch, Step
 from elaswave.core.parameters import BlockLayout
+from elaswave.core.protocol.state import HopKey
 from elaswave.errors import ConfigError
 from elaswave.job import Job
 from elaswave.runtime.accumulation import Accumulation, accumulation_of
 from elaswave.runtime.data import MicroBatchLoader
 from elaswave.runtime.description import bytes_of, outline_layer
 from elaswave.runtime.device import Device
-from elaswave.runtime.hops import HopKey, HopRunner, LayerContribution
+from elaswave.runtime.hops import HopRunner, LayerContribution
 from elaswave.runtime.model import HostedModel
 from elaswave.runtime.optimizer import Update, Updater
 from elaswave.runtime.reduction import sum_of_squares

@@ -14,24 +14,15 @@ from torch.autograd.graph import _engine_run_backward
 
 from elaswave.core.exact import exact_from_float
 from elaswave.core.facts import LossScalars, NonFinite
-from elaswave.core.ids import BlockId, Layer, MicroBatch, Step
+from elaswave.core.ids import BlockId, Layer, Step
 from elaswave.core.keys import backward_key, layer_key
+from elaswave.core.protocol.state import HopKey
 from elaswave.errors import InvariantError, UserCodeError
 from elaswave.job import Job
 from elaswave.runtime.data import MicroBatchData, MicroBatchLoader
 from elaswave.runtime.device import Device, canonical
 from elaswave.runtime.model import PARAMETER_DTYPES, HostedLayer, HostedModel
 from elaswave.runtime.user_code import UserCode
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HopKey:
-    """Layers `first` to `last` (exclusive) of one micro-batch of one step."""
-
-    step: Step
-    micro_batch: MicroBatch
-    first: Layer
-    last: Layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

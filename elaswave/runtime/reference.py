@@ -10,6 +10,7 @@ from elaswave.core.exact import exact_to_float
 from elaswave.core.facts import Decision, LossScalars, ShardScalars
 from elaswave.core.ids import BlockId, Layer, MicroBatch, ShardId, Step
 from elaswave.core.parameters import block_layout
+from elaswave.core.protocol.state import HopKey
 from elaswave.core.shape import ModelShape, divide_into_shards
 from elaswave.errors import ConfigError, InvariantError
 from elaswave.job import Job
@@ -19,7 +20,7 @@ from elaswave.runtime.description import describe_parameters
 from elaswave.runtime.device import CpuDevice, configure_numerics
 from elaswave.runtime.digest import parameters_digest
 from elaswave.runtime.evaluation import evaluate
-from elaswave.runtime.hops import HopKey, HopRunner
+from elaswave.runtime.hops import HopRunner
 from elaswave.runtime.ledger import LayerAccumulator, Tag, layer_accumulator
 from elaswave.runtime.model import HostedModel, initial_blocks
 from elaswave.runtime.optimizer import Update, Updater, gradient_norm, update_of

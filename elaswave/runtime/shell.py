@@ -12,14 +12,14 @@ from elaswave.core import facts
 from elaswave.core.facts import Decision, Fact
 from elaswave.core.ids import Layer, MicroBatch, ShardId, Step, WorkerId
 from elaswave.core.protocol import effects as do
-from elaswave.core.protocol.state import EdgeKey, SumKey
+from elaswave.core.protocol.state import EdgeKey, HopKey, SumKey
 from elaswave.core.protocol.worker import StepProtocol
 from elaswave.core.shape import ModelShape
 from elaswave.errors import InvariantError, LinkClosed
 from elaswave.job import Job
 from elaswave.runtime.accumulation import Accumulation
 from elaswave.runtime.codec import bytes_of_tensor, describe_tensor, encode_fact
-from elaswave.runtime.hops import HopKey, HopRunner, LayerContribution
+from elaswave.runtime.hops import HopRunner, LayerContribution
 from elaswave.runtime.ledger import LayerAccumulator, Tag, layer_accumulator
 from elaswave.runtime.model import PARAMETER_DTYPES, HostedModel
 from elaswave.runtime.optimizer import Update, Updater, update_of

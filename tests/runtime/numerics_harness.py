@@ -15,11 +15,12 @@ from torch.nn import functional
 from elaswave.core.exact import exact_to_float
 from elaswave.core.ids import Layer, MicroBatch, Step
 from elaswave.core.parameters import BlockLayout, block_layout
+from elaswave.core.protocol.state import HopKey
 from elaswave.job import AdamW, Job
 from elaswave.runtime.data import MicroBatchLoader
 from elaswave.runtime.description import describe_parameters
 from elaswave.runtime.device import CpuDevice
-from elaswave.runtime.hops import HopKey, HopRunner
+from elaswave.runtime.hops import HopRunner
 from elaswave.runtime.model import HostedModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
