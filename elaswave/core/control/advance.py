@@ -42,22 +42,24 @@ class AdvanceControl(ControllerState):
         context, plan = self.need_plan()
         answer = resolve_queries(context, plan, self.reports)
         if isinstance(answer, StateIsGone):
-            self._fall_back(answer)
-            return False
+            return self._fall_back(answer)
         if answer is not None:
             self.persist(answer)
         return answer is not None
 
-    def _fall_back(self, gone: StateIsGone) -> None:
+    def _fall_back(self, gone: StateIsGone) -> bool:
+        """End the job, or this generation of it; False while a suspect may still bring a copy."""
         if any(self._may_bring(record, gone.shards) for record in self.workers.values()):
-            return
+            return False
         text = f"owner and all replicas of {len(gone.shards)} shards are lost"
         if self.committed or (self.job is not None and self.job.resume_from):
             self.effects.append(RestartAll(reason=f"{text}: going back to the last durable checkpoint"))
+            self.ended = True
         else:
             self.end(
                 1, f"{text} and there is no durable checkpoint: use --save-every and --save-dir, or more --replicas"
             )
+        return True
 
     def _move_copies(self) -> bool:
         context, plan = self.need_plan()

@@ -30,7 +30,8 @@ def plan_join(context: PlanningContext, plan: Plan, joiners: tuple[Member, ...],
     for joiner in joiners:
         stage = _neediest_stage(context, grown)
         grown = replace(grown, hosting={**grown.hosting, joiner.worker: stage.layers})
-        groups, found = _share_of(context, grown, stage, joiner.worker)
+        promised = frozenset(shard for shard, _ in swaps)
+        groups, found = _share_of(context, grown, stage, joiner.worker, promised)
         grown = replace(grown, groups=groups)
         swaps |= found
     return JoinPlan(plan=restore_replicas(context, grown), swaps=frozenset(swaps))
@@ -44,7 +45,7 @@ def _neediest_stage(context: PlanningContext, plan: Plan) -> Stage:
 
 
 def _share_of(
-    context: PlanningContext, plan: Plan, stage: Stage, joiner: WorkerId
+    context: PlanningContext, plan: Plan, stage: Stage, joiner: WorkerId, promised: frozenset[ShardId]
 ) -> tuple[tuple[Group, ...], frozenset[tuple[ShardId, WorkerId]]]:
     """Shards of the stage whose ownership the joiner takes over, from the owners that have most."""
     placement = Placement(plan.members)
@@ -62,7 +63,7 @@ def _share_of(
         owner = groups[shard].owner
         return (-load.get(owner, 0) if owner is not None else 0, shard)
 
-    remaining = list(shards)
+    remaining = [shard for shard in shards if shard not in promised]
     while remaining and taken < fair:
         shard = min(remaining, key=owner_load)
         remaining.remove(shard)
