@@ -174,7 +174,7 @@ def _trace(error: BaseException) -> str:
 
 
 def _summary(error: BaseException) -> str:
-    if isinstance(error, ElasWaveError):
+    if isinstance(error, JobError | ConfigError):
         return str(error)
     return "".join(traceback.format_exception_only(error)).strip()
 

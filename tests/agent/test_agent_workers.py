@@ -74,8 +74,6 @@ def test_exit_text_goes_to_stderr_and_to_the_controller(site: Site) -> None:
     ("error", "kind"),
     [
         ("ValueError", "user"),
-        ("ConfigError", "config"),
-        ("NonFiniteError", "non-finite"),
         ("InvariantError", "bug"),
         ("KeyboardInterrupt", "user"),
     ],
@@ -90,6 +88,14 @@ def test_exception_is_told_once_with_the_scripts_traceback(site: Site, error: st
     assert site.output(2, "err") == failed.traceback
     assert controller.all(WorkerExited)[0].exit_code == 1
     assert [type(event) for _, event in stream.told] == [WorkerStarted, WorkerFailed, WorkerExited]
+
+
+@pytest.mark.parametrize(("error", "kind"), [("ConfigError", "config"), ("NonFiniteError", "non-finite")])
+def test_errors_whose_message_says_all_are_told_without_traceback(site: Site, error: str, kind: str) -> None:
+    controller, _ = run_script(site, str(WORKER), "raise", error, "what", "went", "wrong")
+    (failed,) = controller.all(WorkerFailed)
+    assert (failed.kind, failed.message, failed.traceback) == (kind, "what went wrong", "")
+    assert site.output(2, "err") == "what went wrong\n"
 
 
 def test_missing_script_is_told(site: Site) -> None:
