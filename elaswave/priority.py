@@ -1,7 +1,7 @@
 """Scheduling priority of the processes that must answer at once: agent and controller, where the system permits it.
 
-With 8 busy workers on 2 cores, benchmarks/recovery.py gave 63 ms from a kill to the lost work being done elsewhere, 37 ms
-of them until the agent knew: a woken process waits its turn for a processor like all others.
+With 8 busy workers on 2 cores, benchmarks/recovery.py gave 63 ms from a kill to the lost work being done elsewhere; 37
+ms passed until the agent knew: a woken process waits its turn for a processor like all others.
 """
 
 import os
