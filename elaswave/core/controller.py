@@ -11,6 +11,7 @@ from elaswave.core.events import (
     FinalDigest,
     JobEnded,
     LinkBroken,
+    RestartAll,
     ShowLine,
     StepReported,
     StopRequested,
@@ -47,7 +48,9 @@ class Controller(JobEvents):
             self.end(93 if not self.step_seconds else 1, str(error))
         except FaultError as error:
             self.end(1, str(error))
-        effects, self.effects = self.effects, []
+        # The end comes last, whatever else the event has led to.
+        effects = sorted(self.effects, key=lambda effect: isinstance(effect, JobEnded | RestartAll))
+        self.effects = []
         if effects and isinstance(effects[-1], JobEnded):
             effects[-1:-1] = self.close_all_incidents()
         return effects

@@ -239,6 +239,7 @@ def _deal_evenly(world: World, lead: int) -> None:
     world.joining = frozenset()
     if first_step < world.scene.steps:
         world.push(plan_routes(world.context, world.plan, first_step, _slowest(world), "routes"))
+        world.evened = True
 
 
 # ---------------------------------------------------------------------- ends
