@@ -57,10 +57,15 @@ class SystemScene:
 class System(Crew):
     """Controller, agents, workers, links."""
 
-    def __init__(self, scene: SystemScene, protocol: type[StepProtocol] = StepProtocol) -> None:
+    def __init__(
+        self,
+        scene: SystemScene,
+        protocol: type[StepProtocol] = StepProtocol,
+        controller: type[Controller] = Controller,
+    ) -> None:
         self.scene = scene
         self.harm = scene.harm
-        self.controller = Controller(scene.config)
+        self.controller = controller(scene.config)
         self.now = 0.0
         self.node_of: dict[int, NodeId] = {}
         self.told: dict[int, list[ev.Event]] = {}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from elaswave.core import events as ev
+from elaswave.core.controller import Controller
 from elaswave.core.ids import NodeId
 from elaswave.core.plan import Plan
 from elaswave.core.protocol.worker import StepProtocol
@@ -108,10 +109,15 @@ class SystemResult:
     plan: Plan
 
 
-def walk_system(scene: SystemScene, seed: int, protocol: type[StepProtocol] = StepProtocol) -> SystemResult:
+def walk_system(
+    scene: SystemScene,
+    seed: int,
+    protocol: type[StepProtocol] = StepProtocol,
+    controller: type[Controller] = Controller,
+) -> SystemResult:
     """One random run to its end. Raises Violation, with the seed in its message."""
     rng = random.Random(seed)
-    system = System(scene, protocol)
+    system = System(scene, protocol, controller)
     hostility = rng.choice((0.01, 0.03, 0.1))
     weights = {name: rng.choice((1.0, 1.0, 0.1)) for name in ("hop", "adopt", "tell", "ready", "clear", "deliver")}
     slow = {index: rng.choice((1.0, 1.0, 0.05)) for index in range(64)}
