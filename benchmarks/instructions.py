@@ -97,8 +97,9 @@ class LossFacts:
     resume_s: death to the first instruction that somebody else began in the dead worker's place. dead: instructions
     that the dead worker had begun or finished in steps which others had to go on with. redone: of these, run again by
     others. redone_of_others: instructions of survivors that were run a second time. longest_gaps: of each worker that
-    neither took over work nor shared a pipeline with the dead one, the longest time without an instruction that
-    touches the time from death to resumption.
+    neither took over work nor shared a pipeline with the dead one, the longest time between two instructions of one
+    step that touches the time from death to resumption. After its last instruction of a step a worker waits for the
+    step's end, which needs what the dead one has lost: that is the step's delay, and counted there.
     """
 
     resume_s: float
@@ -180,20 +181,21 @@ class Loss:
         return frozenset(e.worker for e in before) - involved
 
 
-Spans = Sequence[tuple[float, float]]
-"""(begin, end) of instructions, ascending."""
+Spans = Sequence[tuple[float, float, int]]
+"""(begin, end, step) of instructions, ascending."""
 
 
-def spans_of(executions: Sequence[Execution], worker: int) -> list[tuple[float, float]]:
+def spans_of(executions: Sequence[Execution], worker: int) -> list[tuple[float, float, int]]:
     """When this worker was busy with finished instructions."""
-    return [(e.begun, e.ended) for e in executions if e.worker == worker and e.ended is not None]
+    return [(e.begun, e.ended, e.work.step) for e in executions if e.worker == worker and e.ended is not None]
 
 
 def longest_gap(spans: Spans, start: float, stop: float) -> float:
-    """The longest time between two instructions that touches [start, stop]; 0 where there is none."""
+    """The longest time between two instructions of one step that touches [start, stop]; 0 where there is none."""
     first = max(0, bisect_right(spans, start, key=lambda span: span[0]) - 1)
     last = min(len(spans) - 1, bisect_left(spans, stop, key=lambda span: span[0]))
-    gaps = (spans[index + 1][0] - spans[index][1] for index in range(first, last))
+    pairs = zip(spans[first:last], spans[first + 1 : last + 1], strict=True)
+    gaps = (after[0] - before[1] for before, after in pairs if before[2] == after[2])
     return max(gaps, default=0.0)
 
 

@@ -201,8 +201,8 @@ def test_a_loss_is_read_from_the_records() -> None:
     assert facts is not None
     assert facts.resume_s == 2.0
     assert (facts.dead, facts.redone, facts.redone_of_others) == (1, 1, 0)
-    # Worker 1 shares pipelines with the dead one and worker 2 took over: only 3 is left. Its gap is that after 21.9.
-    assert facts.longest_gaps == {3: pytest.approx(21.0 - 12.9)}
+    # Worker 1 shares pipelines with the dead one and worker 2 took over: only 3 is left. Its gap is within step 2.
+    assert facts.longest_gaps == {3: pytest.approx(24.0 - 21.9)}
 
 
 def test_work_of_survivors_that_is_done_again_is_found() -> None:
@@ -219,16 +219,15 @@ def test_a_loss_after_unlike_steps_is_not_judged() -> None:
 
 
 def test_gaps_are_those_that_touch_the_window() -> None:
-    spans = [(0.0, 1.0), (1.5, 2.0), (5.0, 6.0), (6.25, 7.0)]
-    assert longest_gap(spans, 1.6, 1.9) == pytest.approx(
-        3.0
-    )  # the gap begins inside no instruction, but before its end
+    spans = [(0.0, 1.0, 1), (1.5, 2.0, 1), (5.0, 6.0, 1), (6.25, 7.0, 1), (90.0, 91.0, 2)]
+    # The gap begins inside no instruction, but before its end.
+    assert longest_gap(spans, 1.6, 1.9) == pytest.approx(3.0)
     assert longest_gap(spans, 0.0, 1.2) == 0.5
     assert longest_gap(spans, 3.0, 4.0) == 3.0
     assert longest_gap(spans, 5.5, 6.5) == 0.25
-    assert longest_gap(spans, 8.0, 9.0) == 0.0
-    assert undisturbed_gaps(spans, 10.0, 5, random.Random(1)) == []
-    found = undisturbed_gaps(spans, 0.5, 200, random.Random(1))
+    assert longest_gap(spans, 8.0, 9.0) == 0.0, "the wait for the end of a step is no gap"
+    assert undisturbed_gaps(spans[:4], 10.0, 5, random.Random(1)) == []
+    found = undisturbed_gaps(spans[:4], 0.5, 200, random.Random(1))
     assert len(found) == 200 and set(found) <= {0.0, 0.25, 0.5, 3.0} and 3.0 in found
 
 

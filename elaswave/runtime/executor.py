@@ -66,6 +66,7 @@ class Executor:
         self._mine: frozenset[tuple[MicroBatch, Hop]] = frozenset()
         self._repairs: list[RepairWork] = []
         self._extra: list[tuple[MicroBatch, Hop]] = []
+        self._extra_was_last = False
         self.granted: set[EdgeKey] = set()
         self._asked: set[EdgeKey] = set()
         self._log_cap_bytes = log_cap_bytes
@@ -142,7 +143,16 @@ class Executor:
         """Run one instruction, repair work first; False where everything waits for others."""
         if self._protocol.step != self._step:
             self.follow()
-        return self._replay() or self._run_extra() or self._run_program()
+        return self._replay() or self._run_extra_or_program()
+
+    def _run_extra_or_program(self) -> bool:
+        """In turn while there is both: what was taken over begins at once, and nobody behind this worker starves."""
+        extra_first = not self._extra_was_last
+        self._extra_was_last = False
+        if extra_first and self._run_extra():
+            self._extra_was_last = True
+            return True
+        return self._run_program() or (not extra_first and self._run_extra())
 
     def _replay(self) -> bool:
         """Make a value again that the capped log has dropped and somebody needs; its contribution is in already."""
