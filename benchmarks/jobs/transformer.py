@@ -36,7 +36,7 @@ class Size:
 SIZES = {
     "tiny": Size(16, 2, 6),
     "small": Size(72, 5, 40),
-    "medium": Size(288, 2, 8),
+    "medium": Size(288, 6, 8),
 }
 """small: 0.5 million parameters. medium: 8.1 million. tiny: for a look whether everything runs."""
 

@@ -38,14 +38,17 @@ class Accumulation(Protocol):
     def zeros(self, elements: int) -> Tensor:
         """A new accumulator: flat, on the host."""
 
+    def begin(self, contribution: Tensor) -> Tensor:
+        """A new accumulator that holds one flat float32 or bfloat16 contribution."""
+
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         """Add a flat float32 or bfloat16 contribution of the same length."""
 
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
         """Sum of accumulators, or of equal slices of them; a new tensor. `parts` is not empty."""
 
-    def to_gradient(self, total: Tensor, micro_batches: int) -> Tensor:
-        """Mean over the micro-batches as float32, each element rounded once from the complete sum."""
+    def to_gradient(self, parts: Sequence[Tensor], micro_batches: int) -> Tensor:
+        """Mean over the micro-batches as float32, each element rounded once from the sum of all parts (not empty)."""
 
 
 def accumulation_of(job: Job) -> Accumulation:
@@ -81,6 +84,17 @@ class Exact64Accumulation:
     def zeros(self, elements: int) -> Tensor:
         return torch.zeros(elements, dtype=torch.float64)
 
+    def begin(self, contribution: Tensor) -> Tensor:
+        accumulator = torch.empty(contribution.numel(), dtype=torch.float64)
+        total = accumulator.numpy()
+        for start in range(0, contribution.numel(), PIECE_ELEMENTS):
+            piece = self._in_range(contribution[start : start + PIECE_ELEMENTS])
+            into = total[start : start + PIECE_ELEMENTS]
+            np.copyto(into, piece)
+            np.add(into, self._rounder, into)
+            np.subtract(into, self._rounder, into)
+        return accumulator
+
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         _check_lengths(accumulator, contribution)
         total = accumulator.numpy()
@@ -97,14 +111,12 @@ class Exact64Accumulation:
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
         return _sum(parts)
 
-    def to_gradient(self, total: Tensor, micro_batches: int) -> Tensor:
-        return _mean(total, micro_batches)
+    def to_gradient(self, parts: Sequence[Tensor], micro_batches: int) -> Tensor:
+        return _mean(parts, micro_batches)
 
     def quantised(self, contribution: Tensor) -> Tensor:
         """What `add` adds, as float64: for tests and reports."""
-        rounded = self.zeros(contribution.numel())
-        self.add(rounded, contribution)
-        return rounded
+        return self.begin(contribution)
 
     def _in_range(self, piece: Tensor) -> NDArray[np.float32]:
         """The elements as float32 within the limit, or NaN."""
@@ -135,6 +147,10 @@ class Float32Accumulation:
     def zeros(self, elements: int) -> Tensor:
         return torch.zeros(elements)
 
+    def begin(self, contribution: Tensor) -> Tensor:
+        # Not a copy: zero plus minus zero is zero, as it is where an accumulator begins with zeros.
+        return contribution.to(torch.float32, copy=True).add_(0.0)
+
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         _check_lengths(accumulator, contribution)
         accumulator.add_(contribution)
@@ -142,8 +158,8 @@ class Float32Accumulation:
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
         return _sum(parts)
 
-    def to_gradient(self, total: Tensor, micro_batches: int) -> Tensor:
-        return _mean(total, micro_batches)
+    def to_gradient(self, parts: Sequence[Tensor], micro_batches: int) -> Tensor:
+        return _mean(parts, micro_batches)
 
 
 def _float32_not_above(value: float) -> float:
@@ -166,11 +182,18 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _mean(total: Tensor, micro_batches: int) -> Tensor:
-    gradient = torch.empty(total.shape, dtype=torch.float32)
-    scratch = torch.empty(min(PIECE_ELEMENTS, total.numel()), dtype=total.dtype)
-    for start in range(0, total.numel(), PIECE_ELEMENTS):
-        piece = total[start : start + PIECE_ELEMENTS]
-        mean = torch.div(piece, micro_batches, out=scratch[: piece.numel()])
-        gradient[start : start + PIECE_ELEMENTS].copy_(mean)
+def _mean(parts: Sequence[Tensor], micro_batches: int) -> Tensor:
+    """In pieces that stay in the cache from the first part to the rounding."""
+    first = parts[0]
+    for part in parts[1:]:
+        _check_lengths(first, part)
+    gradient = torch.empty(first.shape, dtype=torch.float32)
+    scratch = torch.empty(min(PIECE_ELEMENTS, first.numel()), dtype=first.dtype)
+    for start in range(0, first.numel(), PIECE_ELEMENTS):
+        where = slice(start, start + PIECE_ELEMENTS)
+        total = first[where]
+        mean = scratch[: total.numel()]
+        for part in parts[1:]:
+            total = torch.add(total, part[where], out=mean)
+        gradient[where].copy_(torch.div(total, micro_batches, out=mean))
     return gradient

@@ -90,9 +90,9 @@ class _Probe:
         for block, found in contribution.blocks.items():
             self._add(found)
             given = found[:_UPDATED_ELEMENTS].to("cpu")
-            total = self._accumulation.zeros(given.numel())
+            total = self._accumulation.begin(given)
             self._accumulation.add(total, given)
-            gradient = self._accumulation.to_gradient(total, self._job.micro_batches)
+            gradient = self._accumulation.to_gradient([total], self._job.micro_batches)
             self.digest.update(repr(sum_of_squares(gradient)).encode())
             values = self._model.block(block)[:_UPDATED_ELEMENTS].to("cpu", torch.float32)
             state = initial_state(self._job.optimizer, values)

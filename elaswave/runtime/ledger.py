@@ -28,7 +28,8 @@ class LayerAccumulator:
     def __init__(self, accumulation: Accumulation, elements: Mapping[BlockId, int]) -> None:
         """`elements`: the blocks in which the layer has parameters, with their lengths."""
         self._accumulation = accumulation
-        self._sums = {block: accumulation.zeros(count) for block, count in elements.items()}
+        self._elements = dict(elements)
+        self._sums: dict[BlockId, Tensor] = {}
         self._coverage = Coverage(0)
         self._revoked = False
         self._torn = False
@@ -52,8 +53,11 @@ class LayerAccumulator:
             return False
         self._check(contribution)
         self._torn = True
-        for block, total in self._sums.items():
-            self._accumulation.add(total, contribution[block].to("cpu"))
+        for block, tensor in contribution.items():
+            if self._coverage:
+                self._accumulation.add(self._sums[block], tensor.to("cpu"))
+            else:
+                self._sums[block] = self._accumulation.begin(tensor.to("cpu"))
         self._coverage = Coverage(self._coverage | 1 << tag.micro_batch)
         self._torn = False
         return True
@@ -62,15 +66,15 @@ class LayerAccumulator:
         """The part of the sums that belongs to `shard`: a view that later additions change."""
         if self._torn:
             raise InvariantError("an accumulator is read after an addition to it was interrupted")
-        return self._sums[shard.block][shard.start : shard.stop]
+        total = self._sums.get(shard.block)
+        return self._accumulation.zeros(shard.elements) if total is None else total[shard.start : shard.stop]
 
     def _check(self, contribution: Mapping[BlockId, Tensor]) -> None:
         if self._torn:
             raise InvariantError("an accumulator is written after an addition to it was interrupted")
         found = {block: tensor.numel() for block, tensor in contribution.items()}
-        expected = {block: total.numel() for block, total in self._sums.items()}
-        if found != expected:
-            raise InvariantError(f"a contribution has {found} elements by block, its accumulator {expected}")
+        if found != self._elements:
+            raise InvariantError(f"a contribution has {found} elements by block, its accumulator {self._elements}")
 
 
 def layer_accumulator(accumulation: Accumulation, contribution: Mapping[BlockId, Tensor]) -> LayerAccumulator:

@@ -26,7 +26,7 @@ def reduce_shard(
     `loss` is what belongs to the parts of the loss shard. Two calls with the parts in another order or grouping give
     the same bits where the accumulation is exact.
     """
-    gradient = accumulation.to_gradient(accumulation.combine(parts), micro_batches)
+    gradient = accumulation.to_gradient(parts, micro_batches)
     norm_squared = sum_of_squares(gradient)
     return gradient, ShardScalars(norm_squared=norm_squared or 0, finite=norm_squared is not None, loss=loss)
 

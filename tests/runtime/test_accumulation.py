@@ -77,7 +77,7 @@ def test_exact64_equals_integer_arithmetic_in_any_order_and_grouping(
     expected = [oracle.total(list(column)) for column in zip(*rows, strict=True)]
     assert [Fraction(value) for value in total.tolist()] == expected
     assert accumulation.saturated == oracle.saturated(rows)
-    mean = accumulation.to_gradient(total, micro_batches)
+    mean = accumulation.to_gradient([total], micro_batches)
     assert mean.dtype == torch.float32
     with np.errstate(over="ignore"):
         assert mean.tolist() == [float(np.float32(float(value / micro_batches))) for value in expected]
@@ -121,7 +121,7 @@ def test_pieces_do_not_show(length: int, dtype: torch.dtype) -> None:
     assert isinstance(naive, Tensor)
     total = summed(accumulation, rows)
     assert same_bits([total], [naive])
-    assert same_bits([accumulation.to_gradient(total, 16)], [(naive / 16).float()])
+    assert same_bits([accumulation.to_gradient([total], 16)], [(naive / 16).float()])
     assert accumulation.saturated == 1
 
 
@@ -165,4 +165,4 @@ def test_combine_leaves_its_parts_alone_and_takes_empty_ones() -> None:
     total = accumulation.combine(parts)
     total.zero_()
     assert [part.tolist() for part in parts] == [[1.0] * 3] * 2
-    assert accumulation.to_gradient(accumulation.combine([accumulation.zeros(0)]), 2).numel() == 0
+    assert accumulation.to_gradient([accumulation.zeros(0)], 2).numel() == 0

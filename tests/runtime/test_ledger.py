@@ -83,13 +83,14 @@ class FailsOnSecond(Exact64Accumulation):
 
 def test_a_torn_sum_is_never_read() -> None:
     accumulator = layer_accumulator(FailsOnSecond(), contribution(0.0))
+    assert accumulator.add_if(tag(0), contribution(1.0))
     with pytest.raises(MemoryError):
-        accumulator.add_if(tag(0), contribution(1.0))
-    assert accumulator.coverage == 0
+        accumulator.add_if(tag(1), contribution(1.0))
+    assert accumulator.coverage == 1
     with pytest.raises(InvariantError, match="interrupted"):
         sums(accumulator)
     with pytest.raises(InvariantError, match="interrupted"):
-        accumulator.add_if(tag(1), contribution(1.0))
+        accumulator.add_if(tag(2), contribution(1.0))
 
 
 def test_a_layer_without_parameters_has_a_ledger_too() -> None:

@@ -1,0 +1,30 @@
+"""How elements are combined, and how a flat tensor is divided among ranks."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Combine = Callable[[Tensor, Tensor], object]
+"""Changes the first tensor into the combination of both; same dtype and length."""
+
+
+def add(into: Tensor, other: Tensor) -> None:
+    """Sum."""
+    into.add_(other)
+
+
+def maximum(into: Tensor, other: Tensor) -> None:
+    """Greater of both, element by element; NaN stays NaN."""
+    torch.maximum(into, other, out=into)
+
+
+def even_segments(elements: int, count: int) -> tuple[int, ...]:
+    """Lengths of `count` segments of `elements` elements that differ by one at most."""
+    short, longer = divmod(elements, count)
+    return tuple(short + (index < longer) for index in range(count))
+
+
+def split(tensor: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Views of a flat tensor."""
+    return torch.split(tensor, list(lengths))

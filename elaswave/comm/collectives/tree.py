@@ -1,0 +1,51 @@
+"""Tree: up to the root and down again, in a number of hops that grows with the logarithm. For what is small."""
+
+from torch import Tensor
+
+from elaswave.comm.collectives.commands import Collective, Receive, Send
+from elaswave.comm.collectives.reduction import Combine
+
+FAN_OUT = 3
+"""Children of a rank. A wider tree has fewer levels, of which each costs a change of process."""
+
+
+def children_of(rank: int, size: int) -> range:
+    """Ranks right below this one."""
+    first = FAN_OUT * rank + 1
+    return range(min(first, size), min(first + FAN_OUT, size))
+
+
+def parent_of(rank: int) -> int:
+    """The rank right above this one, which is not the root."""
+    return (rank - 1) // FAN_OUT
+
+
+def tree_reduce(rank: int, size: int, tensor: Tensor, combine: Combine) -> Collective:
+    """Rank 0 gets the combination over all ranks, in a fixed order; on other ranks `tensor` holds that of its part."""
+    for child in children_of(rank, size):
+        combine(tensor, (yield Receive(child, tensor)))
+    if rank:
+        yield Send(parent_of(rank), tensor)
+
+
+def tree_broadcast(rank: int, size: int, tensor: Tensor) -> Collective:
+    """Every rank gets the tensor of rank 0."""
+    if rank:
+        tensor.copy_((yield Receive(parent_of(rank), tensor)))
+    for child in children_of(rank, size):
+        yield Send(child, tensor)
+
+
+def tree_all_reduce(rank: int, size: int, tensor: Tensor, combine: Combine) -> Collective:
+    """Every rank gets the combination over all ranks."""
+    yield from tree_reduce(rank, size, tensor, combine)
+    yield from tree_broadcast(rank, size, tensor)
+
+
+def tree_barrier(rank: int, size: int, empty: Tensor) -> Collective:
+    """Nobody leaves before everybody has entered. `empty` has no elements."""
+    yield from tree_all_reduce(rank, size, empty, _nothing)
+
+
+def _nothing(into: Tensor, other: Tensor) -> None:
+    del into, other
