@@ -51,6 +51,13 @@ class DeadlineExceeded(PeerError):
     """A wait ran into its limit; the message names what was awaited and the limit in seconds."""
 
 
+class EpochChanged(PeerError, RuntimeError):
+    """A member of a communicator was lost or added: this operation and later ones failed on all ranks alike.
+
+    After `reconfigure` the communicator works on with its new members; what was under way is to be repeated.
+    """
+
+
 class FaultError(ElasWaveError):
     """Hardware or a process failed in a way that the job cannot absorb."""
 

@@ -1,0 +1,74 @@
+"""Collectives made of others: what the choice by size, roots, acknowledgement and agreement add."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elaswave.comm.collectives.commands import Collective, Held, Receive, Send
+from elaswave.comm.collectives.reduction import Combine, maximum
+from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier, tree_broadcast, tree_reduce
+
+_NOTHING = torch.empty(0)
+
+
+def rotated(collective: Collective, shift: int, size: int) -> Collective:
+    """The same with rank r in the part of rank r - shift: a root other than 0."""
+    answer = _NOTHING
+    while True:
+        try:
+            command = collective.send(answer) if answer is not _NOTHING else next(collective)
+        except StopIteration:
+            return
+        match command:
+            case Send():
+                answer = yield Send((command.rank + shift) % size, command.tensor)
+                answer = _NOTHING
+            case Receive():
+                answer = yield Receive((command.rank + shift) % size, command.like)
+            case Held():
+                yield command
+                answer = _NOTHING
+
+
+def broadcast(rank: int, size: int, root: int, tensor: Tensor) -> Collective:
+    """Every rank gets the tensor of the root, after everybody has entered."""
+    turned = (rank - root) % size
+    yield from rotated(tree_reduce(turned, size, tensor[:0], _ignore), root, size)
+    yield from rotated(tree_broadcast(turned, size, tensor), root, size)
+
+
+def reduce(rank: int, size: int, root: int, tensor: Tensor, combine: Combine) -> Collective:
+    """The root gets the combination over all ranks; elsewhere `tensor` holds that of a part afterwards."""
+    yield from rotated(tree_reduce((rank - root) % size, size, tensor, combine), root, size)
+
+
+def acknowledged(rank: int, size: int, collective: Collective) -> Collective:
+    """After it nobody can lack its result any more: everybody has said to hold it."""
+    yield from collective
+    yield Held()
+    yield from tree_barrier(rank, size, _NOTHING)
+
+
+def chained(collectives: Sequence[Collective]) -> Collective:
+    """One after the other."""
+    for collective in collectives:
+        yield from collective
+
+
+_RANKS = 1 << 20
+
+
+def agreement(rank: int, size: int, completed: int, reachable: int, found: Tensor) -> Collective:
+    """`found` (int64, 3) becomes: last number completed anywhere, a rank that has, the least number reachable anywhere.
+
+    completed: the last operation whose result this rank has handed out. reachable: the last one whose result it holds.
+    """
+    found.copy_(torch.tensor([completed * _RANKS + rank, -reachable, 0]))
+    yield from tree_all_reduce(rank, size, found, maximum)
+    last = int(found[0])
+    found.copy_(torch.tensor([last // _RANKS, last % _RANKS, -int(found[1])]))
+
+
+def _ignore(into: Tensor, other: Tensor) -> None:
+    del into, other

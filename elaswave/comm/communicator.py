@@ -1,0 +1,306 @@
+"""Communicator: ordered members, an epoch, and a queue of operations; edited in place."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elaswave.comm.collectives.commands import Collective, Held, Receive, Send
+from elaswave.comm.collectives.composed import agreement, rotated
+from elaswave.comm.collectives.tree import tree_broadcast
+from elaswave.comm.operation import Operation
+from elaswave.core.ids import WorkerId
+from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, ProtocolError
+
+AGREEMENT = (1 << 64) - 1
+"""Number of the one operation by which the members of a new epoch agree on the last one of the epoch before."""
+
+EPOCHS_AHEAD = 1024
+"""How far a peer can be ahead of this rank's epoch; more is nonsense that must not be stored."""
+
+Transmit = Callable[[WorkerId, "Communicator", int, Tensor], None]
+"""Sends a flat tensor to a member as part of the operation of this number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditReport:
+    """What an edit changed."""
+
+    epoch: int
+    removed: tuple[WorkerId, ...]
+    added: tuple[WorkerId, ...]
+
+
+class Communicator:
+    """One rank's part of a group. All methods are called with the endpoint's lock held, except the properties.
+
+    After an edit it is broken: every operation raises EpochChanged, on all ranks from the same one on, until
+    `acknowledge`. Operations run in the order in which they were started; numbers are never used twice for another one.
+    """
+
+    def __init__(
+        self, name: str, identity: int, me: WorkerId, members: Sequence[WorkerId], transmit: Transmit, agree_s: float
+    ) -> None:
+        """identity: the same on all members, different for other communicators. agree_s: limit of an agreement."""
+        self.name = name
+        self.identity = identity
+        self.me = me
+        self.members = tuple(members)
+        self.epoch = 0
+        self.broken = False
+        self.agreed = True
+        self.stale_frames = 0
+        self._transmit = transmit
+        self._agree_s = agree_s
+        self._queue: deque[Operation] = deque()
+        self._agreement: Operation | None = None
+        self._completed = 0
+        self._next = 1
+        self._kept: Tensor | None = None
+        self._arrived: dict[tuple[int, int, WorkerId], deque[Tensor]] = {}
+        self.finished: list[Operation] = []
+        """Ended since the endpoint looked last; it calls their callbacks."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process; raises EpochChanged where it was removed."""
+        if self.me not in self.members:
+            raise EpochChanged(f"this process (worker {self.me}) was removed from {self.name} in epoch {self.epoch}")
+        return self.members.index(self.me)
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.members)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is under way."""
+        return not self._queue and self._agreement is None
+
+    # ------------------------------------------------------------------ operations
+
+    def submit(self, operation: Operation) -> None:
+        """Queue it; where the communicator is broken it fails, once the members have agreed that it does."""
+        if self.broken and self.agreed:
+            self._end(operation, self._changed())
+            return
+        operation.number = self._next
+        self._next += 1
+        self._queue.append(operation)
+        if self._queue[0] is operation and not self.broken:
+            self._advance(operation, None)
+
+    def receive(self, peer: WorkerId, epoch: int, number: int, payload: Tensor) -> None:
+        """A frame of an operation. Of an older epoch it is dropped, of a newer one it waits for the edit.
+
+        Raises ProtocolError for what no member can have sent.
+        """
+        if epoch < self.epoch:
+            self.stale_frames += 1
+            return
+        if epoch > self.epoch + EPOCHS_AHEAD:
+            raise ProtocolError(f"worker {peer} sent a frame of epoch {epoch}; {self.name} is at {self.epoch}")
+        self._arrived.setdefault((epoch, number, peer), deque()).append(payload)
+        if epoch != self.epoch:
+            return
+        current = self._current()
+        if current is not None and current.number == number:
+            self._resume(current)
+
+    def _current(self) -> Operation | None:
+        if self._agreement is not None:
+            return self._agreement
+        return self._queue[0] if self._queue and not self.broken else None
+
+    def _resume(self, operation: Operation) -> None:
+        """Go on, if what it waits for is here."""
+        while operation.awaited is not None and not operation.finished:
+            payload = self._take(operation.number, operation.awaited)
+            if payload is None:
+                return
+            self._advance(operation, payload)
+
+    def _take(self, number: int, awaited: Receive) -> Tensor | None:
+        key = (self.epoch, number, self.members[awaited.rank])
+        arrived = self._arrived.get(key)
+        if not arrived:
+            return None
+        payload = arrived.popleft()
+        if not arrived:
+            del self._arrived[key]
+        like = awaited.like
+        if payload.numel() != like.numel() * like.element_size():
+            raise ProtocolError(
+                f"worker {key[2]} sent {payload.numel()} bytes in operation {number} of {self.name}; this rank expects "
+                f"{like.numel() * like.element_size()}: all ranks must call the same operations with the same shapes"
+            )
+        return payload.view(like.dtype) if payload.numel() else torch.empty(0, dtype=like.dtype)
+
+    def _advance(self, operation: Operation, answer: Tensor | None) -> None:
+        """Run the generator until it waits for something that is not here, or ends."""
+        operation.awaited = None
+        try:
+            command = next(operation.collective) if answer is None else operation.collective.send(answer)
+            while True:
+                match command:
+                    case Send():
+                        self._transmit(self.members[command.rank], self, operation.number, command.tensor)
+                        command = next(operation.collective)
+                    case Held():
+                        operation.held = True
+                        command = next(operation.collective)
+                    case Receive():
+                        payload = self._take(operation.number, command)
+                        if payload is None:
+                            operation.awaited = command
+                            return
+                        command = operation.collective.send(payload)
+        except StopIteration:
+            self._succeed(operation)
+        except ElasWaveError as error:
+            self._fail(operation, error)
+
+    def _succeed(self, operation: Operation) -> None:
+        if operation.number == AGREEMENT:
+            self._end(operation, None)
+            return
+        self._complete(operation)
+        if self._queue:
+            self._advance(self._queue[0], None)
+
+    def _complete(self, operation: Operation) -> None:
+        self._queue.popleft()
+        self._completed = operation.number
+        self._kept = operation.result.clone() if operation.keep and operation.result is not None else None
+        self._end(operation, None)
+
+    def _fail(self, operation: Operation, error: ElasWaveError) -> None:
+        """One that cannot go on for another reason than an edit: so cannot those behind it, until the next edit."""
+        if operation is self._agreement:
+            self._agreement = None
+            self._end(operation, error)
+        self.broken = True
+        for waiting in self._queue:
+            self._end(waiting, error)
+        self._queue.clear()
+
+    def _end(self, operation: Operation, error: ElasWaveError | None) -> None:
+        operation.error = error
+        operation.awaited = None
+        operation.collective.close()
+        if operation.before_end is not None:
+            operation.before_end(operation)
+        operation.finished = True
+        self.finished.append(operation)
+
+    # ------------------------------------------------------------------ deadlines
+
+    def expire(self, now: float) -> None:
+        """Fail what has waited beyond its deadline."""
+        current = self._current() or (self._queue[0] if self._queue else None)
+        if current is None or now < current.deadline:
+            return
+        awaited = current.awaited
+        member = None if awaited is None else self.members[awaited.rank]
+        whom = "the agreement on a new epoch" if awaited is None or member is None else f"rank {awaited.rank} (worker {member})"
+        self._fail(current, DeadlineExceeded(f"{current.name} of {self.name} waited for {whom} until its deadline"))
+
+    def earliest_deadline(self) -> float | None:
+        """When something has to be expired."""
+        current = self._current() or (self._queue[0] if self._queue else None)
+        return None if current is None else current.deadline
+
+    # ------------------------------------------------------------------ edits
+
+    def edit(self, epoch: int, remove: Iterable[WorkerId], add: Iterable[WorkerId], now: float) -> EditReport:
+        """Change members in place and agree with them; nothing happens where `epoch` is not newer.
+
+        The last member takes the place of a removed one, so that few neighbours in rings and trees change; added ones
+        stand at the end.
+        """
+        if epoch <= self.epoch:
+            return EditReport(epoch=self.epoch, removed=(), added=())
+        gone = tuple(worker for worker in remove if worker in self.members)
+        new = tuple(worker for worker in add if worker not in self.members)
+        self.members = without(self.members, gone) + new
+        self.epoch = epoch
+        self.broken = True
+        self.agreed = False
+        self._arrived = {key: found for key, found in self._arrived.items() if key[0] >= epoch}
+        if self._agreement is not None:
+            superseded, self._agreement = self._agreement, None
+            superseded.collective.close()
+        for operation in self._queue:
+            operation.awaited = None
+        if self.me in self.members:
+            self._begin_agreement(now)
+        else:
+            self._settle(self._completed)
+        return EditReport(epoch=epoch, removed=gone, added=new)
+
+    def _begin_agreement(self, now: float) -> None:
+        head = self._queue[0] if self._queue else None
+        reachable = self._completed + (head is not None and head.held)
+        rank, size = self.rank, self.size
+        operation = Operation(
+            "agreement", self._agree(rank, size, reachable), now + self._agree_s, None, keep=False
+        )
+        operation.number = AGREEMENT
+        self._agreement = operation
+        self._advance(operation, None)
+
+    def _agree(self, rank: int, size: int, reachable: int) -> Collective:
+        found = torch.zeros(3, dtype=torch.int64)
+        yield from agreement(rank, size, self._completed, reachable, found)
+        last, holder, least = (int(value) for value in found)
+        if least < last:
+            yield from self._hand_over(rank, size, last, holder)
+        self._settle(last)
+
+    def _hand_over(self, rank: int, size: int, last: int, holder: int) -> Collective:
+        """The kept result of the last operation goes to everybody; who has it already ignores it."""
+        kept = self._kept if rank == holder else None
+        head = self._queue[0] if self._queue else None
+        length = torch.tensor([0 if kept is None else kept.numel() * kept.element_size()])
+        yield from rotated(tree_broadcast((rank - holder) % size, size, length), holder, size)
+        received = torch.empty(int(length), dtype=torch.uint8) if kept is None else kept.view(torch.uint8)
+        yield from rotated(tree_broadcast((rank - holder) % size, size, received), holder, size)
+        if head is not None and head.number == last and not head.held and head.result is not None:
+            head.result.view(torch.uint8).copy_(received)
+
+    def _settle(self, last: int) -> None:
+        """All members know: operations up to `last` have succeeded, later ones fail."""
+        self._agreement = None
+        self.agreed = True
+        if self._queue and self._queue[0].number == last:
+            self._complete(self._queue[0])
+        self._completed = max(self._completed, last)
+        self._next = self._completed + 1
+        for operation in self._queue:
+            self._end(operation, self._changed())
+        self._queue.clear()
+
+    def acknowledge(self) -> None:
+        """The user knows of the edit: operations work again. Raises EpochChanged where this process was removed."""
+        _ = self.rank
+        if self.agreed:
+            self.broken = False
+
+    def _changed(self) -> EpochChanged:
+        return EpochChanged(
+            f"{self.name} changed: epoch {self.epoch}, {self.size} members; call reconfigure() and repeat the step"
+        )
+
+
+def without(members: tuple[WorkerId, ...], gone: Iterable[WorkerId]) -> tuple[WorkerId, ...]:
+    """Members after the last ones have taken the places of those that are gone."""
+    left = list(members)
+    for worker in sorted(gone, key=left.index, reverse=True):
+        place = left.index(worker)
+        last = left.pop()
+        if place < len(left):
+            left[place] = last
+    return tuple(left)

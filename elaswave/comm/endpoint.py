@@ -1,0 +1,358 @@
+"""Endpoint: the links of one process, the communicators above them, and who drives them."""
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from elaswave.comm.addresses import LinkOptions
+from elaswave.comm.communicator import Communicator, EditReport
+from elaswave.comm.inbox import ConnectionRefused, Inbox, LinkItem, LinksFailed, PeerClosed, Received
+from elaswave.comm.links import Links
+from elaswave.comm.mailbox import Awaited, Mailbox
+from elaswave.comm.operation import Callback, Operation
+from elaswave.comm.statistics import LinkStatistics
+from elaswave.core.ids import WorkerId
+from elaswave.errors import ConfigError, DeadlineExceeded, ElasWaveError, LinkClosed, PeerError, ProtocolError
+
+OPERATION = 1
+MESSAGE = 2
+NOTICE = 3
+_OPERATION_META = struct.Struct("<QIQ")
+_MESSAGE_META = struct.Struct("<QIq")
+
+COPY_BYTES = 64 << 10
+"""Payloads up to this are copied where they must wait. Larger ones are acknowledged: their operation ends later."""
+
+LATE_STORE_LIMIT = 4096
+"""Frames kept for communicators that this process has not made yet."""
+
+OnLost = Callable[[PeerClosed], None]
+OnNotice = Callable[[WorkerId, bytes], None]
+
+
+class Woken:
+    """Put into the inbox to end a wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointOptions:
+    """What can be set."""
+
+    payload_limit_bytes: int = 1 << 32
+    agree_s: float = 30.0
+    links: LinkOptions | None = None
+
+
+class Endpoint:
+    """Communicators of one process. Any thread may start operations and wait; one at a time drives them all.
+
+    Whoever waits runs the I/O itself; a thread of its own drives what nobody waits for (`attend`).
+    """
+
+    def __init__(
+        self, me: WorkerId, token: bytes, *, on_lost: OnLost, on_notice: OnNotice, options: EndpointOptions | None = None
+    ) -> None:
+        """on_lost: a link to a peer broke. on_notice: a peer sent a notice. Both are called by whoever drives."""
+        self.me = me
+        self._options = options if options is not None else EndpointOptions()
+        self._inbox: Inbox[LinkItem | Woken] = Inbox()
+        limit = self._options.payload_limit_bytes
+        self._links = Links(me, token, self._inbox, payload_limit_bytes=limit, options=self._options.links)
+        self._on_lost = on_lost
+        self._on_notice = on_notice
+        self._communicators: dict[int, Communicator] = {}
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._late: list[Received] = []
+        self._state = threading.RLock()  # guards the communicators
+        self._driving = threading.Lock()  # held by who waits on the inbox
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._failure: ElasWaveError | None = None
+        self._closed = False
+
+    # ------------------------------------------------------------------ life
+
+    def open(self, address: str) -> str:
+        """Listen at "unix:PATH" or "tcp:HOST:PORT"; returns the address for the peers."""
+        given = self._links.listen(address)
+        self._links.start()
+        return given
+
+    def listen(self, address: str) -> str:
+        """Listen at one more address."""
+        return self._links.listen(address)
+
+    def connect(self, addresses: Mapping[WorkerId, str]) -> None:
+        """Where peers listen; a link is dialled when something is first sent."""
+        self._links.set_addresses({peer: address for peer, address in addresses.items() if peer != self.me})
+
+    def forget(self, peer: WorkerId) -> None:
+        """Close the links with a peer without a report."""
+        self._links.forget(peer)
+
+    def close(self, deadline_s: float) -> None:
+        """End links and thread; whoever waits gets LinkClosed."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        self._failure = self._failure or LinkClosed("the endpoint is closed")
+        self._inbox.put(Woken())
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(deadline_s)
+        with self._driving:
+            self._links.close(deadline_s)
+
+    def statistics(self) -> LinkStatistics:
+        """Counts of the links."""
+        return self._links.statistics()
+
+    # ------------------------------------------------------------------ communicators
+
+    def communicator(self, name: str, members: Sequence[WorkerId]) -> Communicator:
+        """A new one; all members make it under the same name, in any order with others."""
+        if self.me not in members or len(set(members)) != len(members):
+            raise ConfigError(f"members of {name!r} are {list(members)}: must be distinct and include {self.me}")
+        identity = int.from_bytes(sha256(name.encode()).digest()[:8], "little")
+        with self._state:
+            if identity in self._communicators:
+                raise ConfigError(f"there is a communicator {name!r} already: give each a name of its own")
+            found = Communicator(name, identity, self.me, members, self._transmit, self._options.agree_s)
+            self._communicators[identity] = found
+            self._mailboxes[identity] = Mailbox(found)
+            late, self._late = self._late, []
+            for frame in late:
+                self._take_frame(frame)
+        return found
+
+    def drop(self, communicator: Communicator) -> None:
+        """Forget a communicator with which nothing is done any more."""
+        with self._state:
+            self._communicators.pop(communicator.identity, None)
+            self._mailboxes.pop(communicator.identity, None)
+
+    def edit(
+        self, communicator: Communicator, epoch: int, remove: Iterable[WorkerId], add: Iterable[WorkerId] = ()
+    ) -> EditReport:
+        """Change members in place; the agreement on the last operation goes on while somebody drives. Any thread."""
+        with self._state:
+            report = communicator.edit(epoch, remove, add, time.monotonic())
+            self._mailboxes[communicator.identity].edited()
+        self._settle()
+        return report
+
+    def acknowledge(self, communicator: Communicator, deadline: float) -> None:
+        """Wait for the agreement that an edit has begun, and let operations work again."""
+        self.drive(lambda: communicator.agreed, deadline, f"the agreement of {communicator.name}")
+        with self._state:
+            communicator.acknowledge()
+
+    # ------------------------------------------------------------------ operations
+
+    def start(self, communicator: Communicator, operation: Operation) -> None:
+        """Start an operation; returns at once. Somebody has to wait for it, or `attend`."""
+        with self._state:
+            communicator.submit(operation)
+        self._settle()
+
+    def when_ended(self, operation: Operation, callback: Callback) -> None:
+        """Call `callback` once the operation has ended, in the thread that drives then; at once if it has."""
+        with self._state:
+            if not operation.finished:
+                operation.callbacks.append(callback)
+                return
+        callback(operation)
+
+    def poll(self) -> None:
+        """Handle what is here without waiting, unless somebody drives anyway."""
+        if self._driving.acquire(blocking=False):
+            try:
+                self._turn(time.monotonic())
+            finally:
+                self._driving.release()
+                with self._changed:
+                    self._changed.notify_all()
+
+    def wait(self, operation: Operation) -> None:
+        """Until it has ended; its error is raised. It ends at its own deadline at the latest."""
+        self.drive(lambda: operation.finished, operation.deadline + self._options.agree_s, operation.name)
+        operation.raise_error()
+
+    def send(self, communicator: Communicator, rank: int, tag: int, tensor: Tensor) -> None:
+        """Send a flat tensor to a rank; it is copied where it has to wait."""
+        meta = _MESSAGE_META.pack(communicator.identity, communicator.epoch, tag)
+        with self._state:
+            member = communicator.members[rank]
+            if member == self.me:
+                self._mailboxes[communicator.identity].arrived(self.me, communicator.epoch, tag, tensor.clone().view(torch.uint8))
+                return
+        self._send(member, MESSAGE, meta, tensor, copy=True)
+
+    def expect(self, communicator: Communicator, rank: int | None, tag: int) -> Awaited:
+        """Begin to wait for a message from a rank (None: any)."""
+        with self._state:
+            return self._mailboxes[communicator.identity].expect(rank, tag)
+
+    def is_here(self, communicator: Communicator, awaited: Awaited) -> bool:
+        """Whether `receive` would return, or raise, at once."""
+        return self._mailboxes[communicator.identity].ready(awaited)
+
+    def receive(self, communicator: Communicator, awaited: Awaited, like: Tensor, deadline: float) -> int:
+        """Wait for the message, copy it into `like`, a flat tensor; returns the rank of its sender."""
+        mailbox = self._mailboxes[communicator.identity]
+        whom = "any rank" if awaited.member is None else f"worker {awaited.member}"
+        try:
+            self.drive(lambda: mailbox.ready(awaited), deadline, f"a message of {whom} in {communicator.name}")
+            return mailbox.take(awaited, like)
+        finally:
+            with self._state:
+                mailbox.give_up(awaited)
+
+    def notify(self, peer: WorkerId, content: bytes) -> None:
+        """Send a notice outside any communicator; a peer that cannot be reached gets none."""
+        with suppress(LinkClosed):
+            self._links.send(peer, NOTICE, b"", content, copy=True)
+
+    def _transmit(self, member: WorkerId, communicator: Communicator, number: int, tensor: Tensor) -> None:
+        meta = _OPERATION_META.pack(communicator.identity, communicator.epoch, number)
+        self._send(member, OPERATION, meta, tensor, copy=tensor.numel() * tensor.element_size() <= COPY_BYTES)
+
+    def _send(self, member: WorkerId, kind: int, meta: bytes, tensor: Tensor, *, copy: bool) -> None:
+        payload = tensor.view(torch.uint8).numpy() if tensor.numel() else None
+        # A member that was forgotten is about to be removed from the communicator: nothing is lost by not sending.
+        with suppress(LinkClosed):
+            self._links.send(member, kind, meta, payload, copy=copy)
+
+    # ------------------------------------------------------------------ driving
+
+    def drive(self, is_done: Callable[[], bool], deadline: float, what: str) -> None:
+        """Run everything until `is_done()`. Raises DeadlineExceeded, and what the links failed with."""
+        while not is_done():
+            self._check(deadline, what)
+            if not self._driving.acquire(blocking=False):
+                with self._changed:
+                    if self._driving.locked() and not is_done():
+                        self._changed.wait(max(0.0, deadline - time.monotonic()))
+                continue
+            try:
+                while not is_done():
+                    self._check(deadline, what)
+                    self._turn(deadline)
+            finally:
+                self._driving.release()
+                with self._changed:
+                    self._changed.notify_all()
+
+    def _check(self, deadline: float, what: str) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if time.monotonic() >= deadline:
+            raise DeadlineExceeded(f"waited for {what} until its deadline")
+
+    def _turn(self, deadline: float) -> None:
+        """Wait for something and handle it. The driving lock is held."""
+        now = time.monotonic()
+        with self._state:
+            limits = [found.earliest_deadline() for found in self._communicators.values()]
+        until = min([deadline, *(limit for limit in limits if limit is not None)])
+        self._inbox.wait(max(now, until))
+        items = self._inbox.take_all()
+        with self._state:
+            for item in items:
+                self._take(item)
+            now = time.monotonic()
+            for communicator in self._communicators.values():
+                communicator.expire(now)
+        for item in items:
+            self._tell(item)
+        self._settle()
+
+    def _take(self, item: LinkItem | Woken) -> None:
+        match item:
+            case Received():
+                if item.kind != NOTICE:
+                    self._take_frame(item)
+            case LinksFailed():
+                self._failure = item.error
+            case _:
+                pass
+
+    def _tell(self, item: LinkItem | Woken) -> None:
+        """What others have to know, without the lock."""
+        match item:
+            case Received(kind=kind) if kind == NOTICE:
+                self._on_notice(item.peer, item.payload.tobytes())
+            case PeerClosed():
+                self._on_lost(item)
+            case ConnectionRefused():
+                pass  # counted by the links; an intruder must not be able to fill a log
+            case _:
+                pass
+
+    def _take_frame(self, frame: Received) -> None:
+        try:
+            identity = int.from_bytes(frame.meta[:8], "little")
+            if identity not in self._communicators:
+                if len(self._late) < LATE_STORE_LIMIT:
+                    self._late.append(frame)
+                return
+            payload = torch.from_numpy(frame.payload)
+            if frame.kind == OPERATION:
+                identity, epoch, number = _OPERATION_META.unpack(frame.meta)
+                self._communicators[identity].receive(frame.peer, epoch, number, payload)
+            elif frame.kind == MESSAGE:
+                identity, epoch, tag = _MESSAGE_META.unpack(frame.meta)
+                self._mailboxes[identity].arrived(frame.peer, epoch, tag, payload)
+            else:
+                raise ProtocolError(f"worker {frame.peer} sent a frame of unknown kind {frame.kind}")
+        except (struct.error, ProtocolError) as error:
+            self._links.forget(frame.peer)
+            self._inbox.put(PeerClosed(peer=frame.peer, error=ProtocolError(f"malformed frame: {error}")))
+
+    def _settle(self) -> None:
+        """Tell whoever waits for operations that have ended."""
+        with self._state:
+            ended: list[Operation] = []
+            for communicator in self._communicators.values():
+                if communicator.finished:
+                    ended += communicator.finished
+                    communicator.finished.clear()
+        if not ended:
+            return
+        with self._changed:
+            self._changed.notify_all()
+        for operation in ended:
+            for callback in operation.callbacks:
+                callback(operation)
+
+    # ------------------------------------------------------------------ what nobody waits for
+
+    def attend(self) -> None:
+        """Have a thread drive what is under way while nobody waits for it."""
+        with self._changed:
+            if self._thread is None and not self._closed:
+                # A daemon: a process that ends without close() must not hang in its exit.
+                self._thread = threading.Thread(target=self._run, name="elaswave-communicators", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        """Drive while something is under way and nobody else drives."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._busy() and not self._driving.locked()))
+                if self._closed:
+                    return
+            with suppress(ElasWaveError):  # whoever waits gets it too
+                self.drive(lambda: not self._busy(), time.monotonic() + 3600.0, "operations without a waiter")
+
+    def _busy(self) -> bool:
+        return any(not found.idle for found in tuple(self._communicators.values()))

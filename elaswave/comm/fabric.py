@@ -1,0 +1,178 @@
+"""Fabric: what the process groups of one torch process share: an endpoint, a roster, and the news of losses."""
+
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from shutil import rmtree
+from typing import Protocol
+
+from elaswave.comm.communicator import Communicator
+from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.inbox import PeerClosed
+from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
+from elaswave.core.ids import WorkerId
+from elaswave.errors import EpochChanged, LinkClosed, ProtocolError
+
+CLOSE_S = 5.0
+RECONFIGURE_S = 60.0
+TOKEN_BYTES = 32
+HOST_VARIABLE = "ELASWAVE_HOST"
+"""Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
+
+
+class RendezvousStore(Store, Protocol):
+    """What is needed of a torch.distributed.Store to find each other."""
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+
+
+class Fabric:
+    """Made with the first process group, which all processes are in; its ranks name the workers from then on."""
+
+    def __init__(self, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> None:
+        """Opens the endpoint and finds the peers. Raises what the store raises where they do not come in time."""
+        self.me = WorkerId(rank)
+        self._store = store
+        self._lock = threading.RLock()
+        self._roster: Roster = FIRST
+        self._departed: set[WorkerId] = set()
+        self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="elaswave-"))
+        try:
+            token = self._token(rank)
+            self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed)
+            self._meet(rank, size, timeout)
+        except BaseException:
+            rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def _token(self, rank: int) -> bytes:
+        if rank == 0:
+            self._store.set("elaswave/token", secrets.token_hex(TOKEN_BYTES))
+        return bytes.fromhex(self._store.get("elaswave/token").decode())
+
+    def _meet(self, rank: int, size: int, timeout: timedelta) -> None:
+        """Exchange addresses: a Unix socket for processes of this host, TCP for others."""
+        unix = self.endpoint.open(f"unix:{self._folder / 'links'}")
+        tcp = self.endpoint.listen(f"tcp:{os.environ.get(HOST_VARIABLE, '127.0.0.1')}:0")
+        self._store.set(f"elaswave/address/{rank}", " ".join((_host(), unix, tcp)))
+        keys = [f"elaswave/address/{peer}" for peer in range(size)]
+        self._store.wait(keys, timeout)
+        addresses: dict[WorkerId, str] = {}
+        for peer, key in enumerate(keys):
+            host, unix, tcp = self._store.get(key).decode().split(" ")
+            addresses[WorkerId(peer)] = unix if host == _host() else tcp
+        self.endpoint.connect(addresses)
+
+    def communicator(self, name: str, members: Sequence[WorkerId]) -> Communicator:
+        """A new one of these workers, without those that are gone by now."""
+        found = self.endpoint.communicator(name, members)
+        with self._lock:
+            self._origins[found] = tuple(members)
+            self._apply(found)
+        return found
+
+    def drop(self, communicator: Communicator) -> None:
+        """It is not used any more; with the last one the fabric ends."""
+        with self._lock:
+            self._origins.pop(communicator, None)
+            self.endpoint.drop(communicator)
+            last = not self._origins
+        if last:
+            self.close()
+
+    @property
+    def closed(self) -> bool:
+        """`close` was called."""
+        return not self._folder.exists()
+
+    def close(self) -> None:
+        """Say good-bye to the peers and end the endpoint."""
+        self.endpoint.close(CLOSE_S)
+        rmtree(self._folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------ losses
+
+    @property
+    def broken(self) -> bool:
+        """Some communicator here has lost a member and was not taken up again."""
+        return any(found.broken for found in tuple(self._origins))
+
+    def reconfigure(self) -> None:
+        """Wait until the members of every broken communicator have agreed on what has succeeded, and take it up again.
+
+        Raises EpochChanged where this process was removed itself, DeadlineExceeded where the agreement takes too long.
+        """
+        deadline = time.monotonic() + RECONFIGURE_S
+        for communicator in tuple(self._origins):
+            if communicator.broken:
+                self.endpoint.acknowledge(communicator, deadline)
+
+    def await_loss(self, deadline: float) -> None:
+        """Wait until some communicator is broken."""
+        self.endpoint.drive(lambda: self.broken, deadline, "news of a lost member")
+
+    def check_departed(self, communicator: Communicator) -> None:
+        """A peer that has left in order is lost to who still wants something of it."""
+        gone = self._departed & set(communicator.members)
+        if gone:
+            self._remove(gone)
+
+    def _peer_lost(self, closed: PeerClosed) -> None:
+        with self._lock:
+            waiting = any(closed.peer in found.members and not found.idle for found in self._origins)
+        if closed.orderly and not waiting:
+            self._departed.add(closed.peer)
+        else:
+            self._remove({closed.peer})
+
+    def _remove(self, peers: set[WorkerId]) -> None:
+        with self._lock:
+            known = {worker for worker, _ in self._roster.removed}
+            if not peers - known or not self._origins:
+                return
+            try:
+                roster = remove(self._store, self._roster, peers)
+            except RuntimeError as error:  # torch's stores raise subclasses of it when their process is gone
+                raise LinkClosed(f"the store of the process group is gone: {error}") from error
+            self._adopt(roster)
+            others = {worker for members in self._origins.values() for worker in members}
+        for worker in others - {worker for worker, _ in roster.removed} - {self.me}:
+            self.endpoint.notify(worker, roster.encode().encode())
+
+    def _noticed(self, peer: WorkerId, content: bytes) -> None:
+        roster = decode_roster(content)
+        with self._lock:
+            if roster.epoch > self._roster.epoch:
+                self._adopt(roster)
+
+    def _adopt(self, roster: Roster) -> None:
+        new = {worker for worker, _ in roster.removed} - {worker for worker, _ in self._roster.removed}
+        self._roster = roster
+        for worker in new:
+            self.endpoint.forget(worker)
+        for communicator in self._origins:
+            self._apply(communicator)
+
+    def _apply(self, communicator: Communicator) -> None:
+        origin = self._origins[communicator]
+        gone = [worker for worker, _ in self._roster.removed if worker in origin]
+        self.endpoint.edit(communicator, self._roster.epoch_of(origin), gone)
+
+
+def _host() -> str:
+    """The same for processes that share a kernel and a network namespace, and for no others."""
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{namespace}"
+
+

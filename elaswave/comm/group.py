@@ -1,0 +1,142 @@
+"""Group: collectives on tensors of any shape and dtype for one communicator."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from elaswave.comm.collectives.commands import Collective
+from elaswave.comm.collectives.composed import acknowledged, broadcast, reduce
+from elaswave.comm.collectives.direct import direct_exchange, direct_gather, direct_scatter
+from elaswave.comm.collectives.reduction import Combine, add, even_segments, split
+from elaswave.comm.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier
+from elaswave.comm.communicator import Communicator
+from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.operation import Operation
+
+TREE_LIMIT_BYTES = 32 << 10
+"""All-reduces up to this go through a tree; larger ones round a ring. Measured by benchmarks/communicators.py."""
+
+_NOTHING = torch.empty(0)
+Finish = Callable[[], object]
+
+
+class Group:
+    """Every method starts an operation and returns it; `wait` of the endpoint ends it. Arguments must not change till then.
+
+    Results do not depend on the order of arrival. Where an operation fails, tensors that it writes to are undefined.
+    """
+
+    def __init__(self, endpoint: Endpoint, communicator: Communicator, timeout_s: float) -> None:
+        """timeout_s: limit of one operation."""
+        self.endpoint = endpoint
+        self.communicator = communicator
+        self.timeout_s = timeout_s
+
+    def all_reduce(self, tensor: Tensor, combine: Combine = add, finish: Finish | None = None) -> Operation:
+        """`tensor` becomes the combination over all ranks; then `finish` is called."""
+        rank, size = self._place()
+        flat = flat_of(tensor)
+        if flat.numel() * flat.element_size() <= TREE_LIMIT_BYTES:
+            collective = tree_all_reduce(rank, size, flat, combine)
+            return self._start("all_reduce", collective, [(tensor, flat)], finish, result=flat)
+        segments = split(flat, even_segments(flat.numel(), size))
+        collective = acknowledged(rank, size, ring_all_reduce(rank, segments, combine))
+        return self._start("all_reduce", collective, [(tensor, flat)], finish)
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], combine: Combine = add, finish: Finish | None = None
+    ) -> Operation:
+        """`output` becomes the combination of `inputs[rank]` over all ranks; lengths of inputs may differ."""
+        rank, size = self._place()
+        flats = [tensor.reshape(-1).clone() for tensor in inputs]  # partial sums must not be left in the arguments
+        collective = acknowledged(rank, size, ring_reduce_scatter(rank, flats, combine))
+        return self._start("reduce_scatter", collective, [(output, flats[rank])], finish)
+
+    def all_gather(self, outputs: Sequence[Tensor], given: Tensor) -> Operation:
+        """`outputs[r]` becomes what rank r has given; lengths may differ."""
+        rank, size = self._place()
+        flats = [flat_of(tensor) for tensor in outputs]
+        flats[rank].copy_(given.reshape(-1))
+        collective = acknowledged(rank, size, ring_all_gather(rank, flats))
+        return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)))
+
+    def broadcast(self, tensor: Tensor, root: int) -> Operation:
+        """`tensor` becomes that of the root."""
+        rank, size = self._place()
+        flat = flat_of(tensor)
+        collective = broadcast(rank, size, root, flat)
+        if flat.numel() * flat.element_size() <= TREE_LIMIT_BYTES:
+            return self._start("broadcast", collective, [(tensor, flat)], result=flat)
+        return self._start("broadcast", acknowledged(rank, size, collective), [(tensor, flat)])
+
+    def reduce(self, tensor: Tensor, root: int, combine: Combine = add, finish: Finish | None = None) -> Operation:
+        """`tensor` of the root becomes the combination over all ranks; elsewhere it stays."""
+        rank, size = self._place()
+        flat = tensor.reshape(-1).clone()
+        collective = acknowledged(rank, size, reduce(rank, size, root, flat, combine))
+        return self._start("reduce", collective, [(tensor, flat)] if rank == root else [], finish)
+
+    def scatter(self, output: Tensor, inputs: Sequence[Tensor], root: int) -> Operation:
+        """`output` becomes `inputs[rank]` of the root; elsewhere `inputs` is empty."""
+        rank, size = self._place()
+        flat = flat_of(output)
+        given = [tensor.contiguous().view(-1) for tensor in inputs]
+        collective = acknowledged(rank, size, direct_scatter(rank, root, given, flat))
+        return self._start("scatter", collective, [(output, flat)])
+
+    def gather(self, outputs: Sequence[Tensor], given: Tensor, root: int) -> Operation:
+        """`outputs[r]` of the root becomes what rank r has given; elsewhere `outputs` is empty."""
+        rank, size = self._place()
+        flats = [flat_of(tensor) for tensor in outputs]
+        collective = acknowledged(rank, size, direct_gather(rank, root, given.contiguous().view(-1), flats))
+        return self._start("gather", collective, list(zip(outputs, flats, strict=True)))
+
+    def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Operation:
+        """`outputs[r]` becomes `inputs[rank]` of rank r; lengths may differ."""
+        rank, size = self._place()
+        flats = [flat_of(tensor) for tensor in outputs]
+        given = [tensor.contiguous().view(-1) for tensor in inputs]
+        collective = acknowledged(rank, size, direct_exchange(rank, given, flats))
+        return self._start("all_to_all", collective, list(zip(outputs, flats, strict=True)))
+
+    def barrier(self) -> Operation:
+        """Nobody's ends before everybody has started it."""
+        rank, size = self._place()
+        return self._start("barrier", tree_barrier(rank, size, _NOTHING), [], result=_NOTHING)
+
+    def _place(self) -> tuple[int, int]:
+        return self.communicator.rank, self.communicator.size
+
+    def _start(
+        self,
+        name: str,
+        collective: Collective,
+        written: list[tuple[Tensor, Tensor]],
+        finish: Finish | None = None,
+        *,
+        result: Tensor | None = None,
+    ) -> Operation:
+        """Start it; at its end what was computed on flat copies is written to the tensors."""
+        operation = Operation(
+            name, collective, time.monotonic() + self.timeout_s, result, keep=result is not None
+        )
+
+        def end(ended: Operation) -> None:
+            if ended.error is None:
+                for tensor, flat in written:
+                    if tensor.data_ptr() != flat.data_ptr():
+                        tensor.copy_(flat.view(tensor.shape))
+                if finish is not None:
+                    finish()
+
+        operation.before_end = end
+        self.endpoint.start(self.communicator, operation)
+        return operation
+
+
+def flat_of(tensor: Tensor) -> Tensor:
+    """The elements one after the other: a view where that is possible, else a copy."""
+    return tensor.detach().contiguous().view(-1)

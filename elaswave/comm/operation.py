@@ -1,0 +1,49 @@
+"""Operation: one collective under way on one rank, and what becomes of it."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from elaswave.comm.collectives.commands import Collective, Receive
+from elaswave.errors import ElasWaveError
+
+Callback = Callable[["Operation"], None]
+
+
+class Operation:
+    """State of a collective. The endpoint drives it under its lock; `finished` is set last, for any thread to read."""
+
+    __slots__ = (
+        "awaited",
+        "before_end",
+        "callbacks",
+        "collective",
+        "deadline",
+        "error",
+        "finished",
+        "held",
+        "keep",
+        "name",
+        "number",
+        "result",
+    )
+
+    def __init__(self, name: str, collective: Collective, deadline: float, result: Tensor | None, *, keep: bool) -> None:
+        """result: what all ranks share of it afterwards, flat. keep: it is small; it is kept for who misses it."""
+        self.name = name
+        self.collective = collective
+        self.deadline = deadline
+        self.result = result
+        self.keep = keep
+        self.number = -1
+        self.held = False
+        self.awaited: Receive | None = None
+        self.error: ElasWaveError | None = None
+        self.finished = False
+        self.before_end: Callback | None = None
+        self.callbacks: list[Callback] = []
+
+    def raise_error(self) -> None:
+        """Raise what it failed with, if it did."""
+        if self.error is not None:
+            raise self.error

@@ -1,0 +1,45 @@
+"""torch.distributed's reduce operators as functions that combine two flat tensors."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elaswave.comm.collectives.reduction import Combine, add, maximum
+from elaswave.errors import ConfigError
+
+
+def _in_place(function: Callable[[Tensor, Tensor], Tensor]) -> Combine:
+    def combine(into: Tensor, other: Tensor) -> None:
+        into.copy_(function(into, other))
+
+    return combine
+
+
+def combine_of(operator: object) -> Combine:
+    """Raises ConfigError for an operator that is not known."""
+    # ReduceOp compares with its kinds, but does not hash like them.
+    for kind, combine in _KINDS:
+        if operator == kind:
+            return combine
+    raise ConfigError(f"reduce operator {operator} is not supported: use SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR or BXOR")
+
+
+def average_over(operator: object, tensor: Tensor, size: int) -> Callable[[], object] | None:
+    """What turns the sum into a mean, where the operator asks for it."""
+    if operator != dist.ReduceOp.AVG:
+        return None
+    return lambda: tensor.div_(size) if tensor.is_floating_point() else tensor.copy_(tensor // size)
+
+
+_KINDS: tuple[tuple[object, Combine], ...] = (
+    (dist.ReduceOp.SUM, add),
+    (dist.ReduceOp.AVG, add),
+    (dist.ReduceOp.MAX, maximum),
+    (dist.ReduceOp.MIN, _in_place(torch.minimum)),
+    (dist.ReduceOp.PRODUCT, _in_place(torch.mul)),
+    (dist.ReduceOp.BAND, _in_place(torch.bitwise_and)),
+    (dist.ReduceOp.BOR, _in_place(torch.bitwise_or)),
+    (dist.ReduceOp.BXOR, _in_place(torch.bitwise_xor)),
+)

@@ -1,0 +1,325 @@
+"""ElasticProcessGroup: backend "elastic" of torch.distributed, a process group that outlives the loss of ranks.
+
+    import elaswave.comm.process_group
+    torch.distributed.init_process_group("elastic", ...)
+
+A collective that meets a loss raises EpochChanged on all survivors or succeeds on all of them. See docs/communicators.md.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from elaswave.comm.fabric import Fabric
+from elaswave.comm.group import Group, flat_of
+from elaswave.comm.operation import Operation
+from elaswave.comm.operators import average_over, combine_of
+from elaswave.comm.works import DoneWork, OperationWork, ReceiveWork
+from elaswave.core.ids import WorkerId
+from elaswave.errors import ConfigError, EpochChanged
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import _DistributedBackendOptions
+
+Tensors = Sequence[Tensor]
+
+
+class ElasticProcessGroup(dist.ProcessGroup):
+    """Collectives over links that are edited in place; any dtype on the CPU. Made by torch.distributed."""
+
+    fabric: ClassVar[Fabric | None] = None
+    """Of this process: its sockets and peers are shared by all its groups."""
+
+    def __init__(self, group: Group, fabric: Fabric, name: str) -> None:
+        """`group` belongs to the new process group."""
+        super().__init__(group.communicator.rank, group.communicator.size)
+        self._group = group
+        self._fabric = fabric
+        self._name = name
+        self._description = "elastic"
+
+    # ------------------------------------------------------------------ what torch asks
+
+    def getBackendName(self) -> str:
+        return "elastic"
+
+    def rank(self) -> int:
+        return self._group.communicator.rank
+
+    def size(self) -> int:
+        return self._group.communicator.size
+
+    getRank, getSize = rank, size
+
+    @property
+    def pg_name(self) -> str:
+        return self._name
+
+    @property
+    def group_name(self) -> str:
+        return self._name
+
+    @property
+    def group_desc(self) -> str:
+        return self._description
+
+    def getGroupName(self) -> str:
+        return self._name
+
+    def setGroupName(self, name: str) -> None:
+        self._name = name
+
+    _set_group_name = setGroupName
+
+    def getGroupDesc(self) -> str:
+        return self._description
+
+    def setGroupDesc(self, description: str) -> None:
+        self._description = description
+
+    _set_group_desc = setGroupDesc
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._group.timeout_s = timeout.total_seconds()
+
+    _set_default_timeout = set_timeout
+
+    def abort(self) -> None:
+        """End the group here at once."""
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the group here; the process's last one says good-bye to the peers."""
+        self._fabric.drop(self._group.communicator)
+
+    # ------------------------------------------------------------------ losses
+
+    @property
+    def epoch(self) -> int:
+        """Of the members: 0 at first."""
+        return self._group.communicator.epoch
+
+    def reconfigure(self, options: object = None) -> None:
+        """After EpochChanged: all groups of this process work on with their survivors, whose ranks are new.
+
+        Name and place of torch 2.14's method. Raises EpochChanged where this process was taken for lost itself.
+        """
+        del options
+        self._fabric.reconfigure()
+        _update_tables()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Raise EpochChanged where torch's C++ code has made another exception of it, as DDP's backward pass does."""
+        try:
+            yield
+        except EpochChanged:
+            raise
+        except Exception as error:
+            if not self._fabric.broken:
+                raise
+            raise EpochChanged("a member was lost: call reconfigure() and repeat the step") from error
+
+    # ------------------------------------------------------------------ collectives
+
+    def allreduce(self, tensors: Tensors, opts: "dist.AllreduceOptions | None" = None) -> dist.Work:
+        return self._all_reduce(tensors, opts)
+
+    def allreduce_coalesced(self, tensors: Tensors, opts: "dist.AllreduceCoalescedOptions | None" = None) -> dist.Work:
+        return self._all_reduce(tensors, opts)
+
+    def _all_reduce(self, tensors: Tensors, opts: object) -> dist.Work:
+        operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
+        combine = combine_of(operator)
+        size = self.size()
+        return self._works(
+            [self._group.all_reduce(t, combine, average_over(operator, t, size)) for t in tensors], tensors, opts
+        )
+
+    def broadcast(self, tensors: Tensors, opts: "dist.BroadcastOptions | None" = None) -> dist.Work:
+        root = 0 if opts is None else opts.rootRank
+        return self._works([self._group.broadcast(tensor, root) for tensor in tensors], tensors, opts)
+
+    def reduce(self, tensors: Tensors, opts: "dist.ReduceOptions | None" = None) -> dist.Work:
+        operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
+        root = 0 if opts is None else opts.rootRank
+        combine, size, mine = combine_of(operator), self.size(), self.rank() == root
+        return self._works(
+            [
+                self._group.reduce(t, root, combine, average_over(operator, t, size) if mine else None)
+                for t in tensors
+            ],
+            tensors,
+            opts,
+        )
+
+    def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: object = None) -> dist.Work:
+        operations = [self._group.all_gather(outs, given) for outs, given in zip(outputs, inputs, strict=True)]
+        return self._works(operations, [tensor for outs in outputs for tensor in outs], opts)
+
+    def allgather_coalesced(self, outputs: Sequence[Tensors], inputs: Tensors, opts: object = None) -> dist.Work:
+        # outputs[rank][i], the other way round than in allgather
+        turned = [list(outs) for outs in zip(*outputs, strict=True)]
+        return self.allgather(turned, inputs, opts)
+
+    def _allgather_base(self, output: Tensor, given: Tensor, opts: object = None) -> dist.Work:
+        pieces = list(flat_view(output).chunk(self.size())) if output.numel() else [output] * self.size()
+        return self._works([self._group.all_gather(pieces, given)], [output], opts)
+
+    all_gather_single = _allgather_base
+
+    def allgather_into_tensor_coalesced(self, outputs: Tensors, inputs: Tensors, opts: object = None) -> dist.Work:
+        operations = []
+        for output, given in zip(outputs, inputs, strict=True):
+            operations.append(self._group.all_gather(list(flat_view(output).chunk(self.size())), given))
+        return self._works(operations, outputs, opts)
+
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+
+    def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: object = None) -> dist.Work:
+        operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
+        combine, size = combine_of(operator), self.size()
+        operations = [
+            self._group.reduce_scatter(out, given, combine, average_over(operator, out, size))
+            for out, given in zip(outputs, inputs, strict=True)
+        ]
+        return self._works(operations, outputs, opts)
+
+    def _reduce_scatter_base(self, output: Tensor, given: Tensor, opts: object = None) -> dist.Work:
+        return self.reduce_scatter([output], [self._pieces(given)], opts)
+
+    reduce_scatter_single = _reduce_scatter_base
+
+    def reduce_scatter_tensor_coalesced(self, outputs: Tensors, inputs: Tensors, opts: object = None) -> dist.Work:
+        return self.reduce_scatter(outputs, [self._pieces(given) for given in inputs], opts)
+
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+
+    def _pieces(self, given: Tensor) -> list[Tensor]:
+        flat = flat_of(given)
+        return list(flat.chunk(self.size())) if flat.numel() else [flat] * self.size()
+
+    def scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: "dist.ScatterOptions") -> dist.Work:
+        mine = self.rank() == opts.rootRank
+        operations = [
+            self._group.scatter(output, inputs[index] if mine else [], opts.rootRank)
+            for index, output in enumerate(outputs)
+        ]
+        return self._works(operations, outputs, opts)
+
+    def gather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: "dist.GatherOptions") -> dist.Work:
+        mine = self.rank() == opts.rootRank
+        operations = [
+            self._group.gather(outputs[index] if mine else [], given, opts.rootRank)
+            for index, given in enumerate(inputs)
+        ]
+        return self._works(operations, [tensor for outs in outputs for tensor in outs], opts)
+
+    def alltoall(self, outputs: Tensors, inputs: Tensors, opts: object = None) -> dist.Work:
+        return self._works([self._group.all_to_all(outputs, inputs)], outputs, opts)
+
+    def alltoall_base(
+        self, output: Tensor, given: Tensor, output_sizes: list[int], input_sizes: list[int], opts: object = None
+    ) -> dist.Work:
+        outputs = _rows(output, output_sizes, self.size())
+        return self._works([self._group.all_to_all(outputs, _rows(given, input_sizes, self.size()))], [output], opts)
+
+    all_to_all_single = alltoall_base
+
+    def barrier(self, opts: object = None) -> dist.Work:
+        return self._works([self._group.barrier()], [], opts)
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        del wait_all_ranks
+        before = self._group.timeout_s
+        self._group.timeout_s = before if timeout is None else timeout.total_seconds()
+        try:
+            self.barrier().wait()
+        finally:
+            self._group.timeout_s = before
+
+    # ------------------------------------------------------------------ messages
+
+    def send(self, tensors: Tensors, destination: int, tag: int = 0) -> dist.Work:
+        for tensor in tensors:
+            self._group.endpoint.send(self._group.communicator, destination, tag, flat_of(tensor))
+        return DoneWork(list(tensors))
+
+    def recv(self, tensors: Tensors, source: int, tag: int = 0) -> dist.Work:
+        return self._receive(tensors, source, tag)
+
+    def recv_anysource(self, tensors: Tensors, tag: int = 0) -> dist.Work:
+        return self._receive(tensors, None, tag)
+
+    def _receive(self, tensors: Tensors, source: int | None, tag: int) -> dist.Work:
+        (tensor,) = tensors
+        self._fabric.check_departed(self._group.communicator)
+        return ReceiveWork(self._group, source, tag, tensor)
+
+    def _works(self, operations: list[Operation], tensors: Tensors, opts: object) -> dist.Work:
+        self._fabric.check_departed(self._group.communicator)
+        work = OperationWork(self._group.endpoint, operations, list(tensors))
+        if getattr(opts, "asyncOp", False):
+            self._group.endpoint.attend()
+        return work
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """The elements of a contiguous tensor one after the other, sharing its memory."""
+    if not tensor.is_contiguous():
+        raise ConfigError(f"an output of shape {tuple(tensor.shape)} is not contiguous: pass one that is")
+    return tensor.detach().view(-1)
+
+
+def _rows(tensor: Tensor, sizes: list[int], count: int) -> list[Tensor]:
+    """Parts by rows; `sizes` empty: equal ones."""
+    if not sizes:
+        if tensor.shape[0] % count:
+            raise ConfigError(f"{tensor.shape[0]} rows cannot be divided among {count} ranks: pass split sizes")
+        sizes = [tensor.shape[0] // count] * count
+    return list(tensor.detach().split(sizes))
+
+
+def _update_tables() -> None:
+    """Have torch translate global ranks as they are now."""
+    world = dist.distributed_c10d._world
+    default = world.default_pg
+    if not isinstance(default, ElasticProcessGroup):
+        return
+    members = default._group.communicator.members
+    for group in world.pg_map:
+        if isinstance(group, ElasticProcessGroup):
+            ranks = {members.index(worker): rank for rank, worker in enumerate(group._group.communicator.members)}
+            world.pg_group_ranks[group] = ranks
+
+
+def _create(options: "_DistributedBackendOptions", backend_options: object) -> ElasticProcessGroup:
+    """What torch.distributed calls for each new group."""
+    del backend_options
+    rank, size = options.group_rank, options.group_size
+    fabric = ElasticProcessGroup.fabric
+    if fabric is None or fabric.closed:
+        fabric = ElasticProcessGroup.fabric = Fabric(options.store, rank, size, options.timeout)
+        members = [WorkerId(index) for index in range(size)]
+    else:
+        options.store.set(f"elaswave/member/{rank}", str(fabric.me))
+        members = [WorkerId(int(options.store.get(f"elaswave/member/{index}"))) for index in range(size)]
+    communicator = fabric.communicator(options.group_id or "default", members)
+    return ElasticProcessGroup(Group(fabric.endpoint, communicator, options.timeout.total_seconds()), fabric, options.group_id)
+
+
+def register() -> None:
+    """Make "elastic" known to torch.distributed; once a process."""
+    if "elastic" not in dist.Backend.backend_list:
+        dist.Backend.register_backend("elastic", _create, extended_api=True, devices=["cpu"])
+
+
+register()
+

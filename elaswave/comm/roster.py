@@ -1,0 +1,79 @@
+"""Roster: who of the processes of a lone torch job is still in it; one writer at a time by compare-and-set on a store."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from elaswave.core.ids import WorkerId
+from elaswave.errors import ProtocolError
+
+KEY = "elaswave/roster"
+CONTENT_LIMIT_BYTES = 1 << 20
+
+
+class Store(Protocol):
+    """What is needed of a torch.distributed.Store."""
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roster:
+    """epoch: 0 at first, one more with every loss. removed: the epoch in which a worker was removed."""
+
+    epoch: int
+    removed: tuple[tuple[WorkerId, int], ...]
+
+    def without(self, workers: Iterable[WorkerId]) -> "Roster":
+        """The next one, in which these are removed too; the same one if they are already."""
+        known = dict(self.removed)
+        new = sorted(set(workers) - set(known))
+        if not new:
+            return self
+        removed = (*self.removed, *((worker, self.epoch + 1) for worker in new))
+        return Roster(epoch=self.epoch + 1, removed=removed)
+
+    def epoch_of(self, members: Iterable[WorkerId]) -> int:
+        """Epoch of a communicator that began with these members: that of its last loss."""
+        wanted = set(members)
+        return max((epoch for worker, epoch in self.removed if worker in wanted), default=0)
+
+    def encode(self) -> str:
+        """As text."""
+        return json.dumps({"epoch": self.epoch, "removed": [list(pair) for pair in self.removed]})
+
+
+def decode_roster(text: str | bytes) -> Roster:
+    """Read what `encode` wrote. Raises ProtocolError for anything else."""
+    if len(text) > CONTENT_LIMIT_BYTES:
+        raise ProtocolError(f"a roster of {len(text)} bytes is over the limit of {CONTENT_LIMIT_BYTES}")
+    try:
+        found = json.loads(text)
+        removed = tuple((WorkerId(int(worker)), int(epoch)) for worker, epoch in found["removed"])
+        return Roster(epoch=int(found["epoch"]), removed=removed)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"a roster cannot be read: {error}") from error
+
+
+FIRST = Roster(epoch=0, removed=())
+
+
+def remove(store: Store, known: Roster, workers: Iterable[WorkerId]) -> Roster:
+    """Write that these workers are gone, whoever else writes at the same time; the roster after that.
+
+    Raises what the store raises when its process is gone.
+    """
+    gone = tuple(workers)
+    expected = "" if known.epoch == 0 else known.encode()
+    while True:
+        wanted = known.without(gone)
+        if wanted.epoch == known.epoch:
+            return known
+        found = store.compare_set(KEY, expected, wanted.encode()).decode()
+        if found == wanted.encode():
+            return wanted
+        if found in ("", expected):
+            expected = ""
+            continue
+        expected, known = found, decode_roster(found)
