@@ -41,7 +41,14 @@ class Communicator:
     """
 
     def __init__(
-        self, name: str, identity: int, me: WorkerId, members: Sequence[WorkerId], transmit: Transmit, agree_s: float
+        self,
+        name: str,
+        identity: int,
+        *,
+        me: WorkerId,
+        members: Sequence[WorkerId],
+        transmit: Transmit,
+        agree_s: float,
     ) -> None:
         """identity: the same on all members, different for other communicators. agree_s: limit of an agreement."""
         self.name = name
@@ -205,7 +212,11 @@ class Communicator:
             return
         awaited = current.awaited
         member = None if awaited is None else self.members[awaited.rank]
-        whom = "the agreement on a new epoch" if awaited is None or member is None else f"rank {awaited.rank} (worker {member})"
+        whom = (
+            "the agreement on a new epoch"
+            if awaited is None or member is None
+            else f"rank {awaited.rank} (worker {member})"
+        )
         self._fail(current, DeadlineExceeded(f"{current.name} of {self.name} waited for {whom} until its deadline"))
 
     def earliest_deadline(self) -> float | None:
@@ -245,9 +256,7 @@ class Communicator:
         head = self._queue[0] if self._queue else None
         reachable = self._completed + (head is not None and head.held)
         rank, size = self.rank, self.size
-        operation = Operation(
-            "agreement", self._agree(rank, size, reachable), now + self._agree_s, None, keep=False
-        )
+        operation = Operation("agreement", self._agree(rank, size, reachable), now + self._agree_s, None, keep=False)
         operation.number = AGREEMENT
         self._agreement = operation
         self._advance(operation, None)

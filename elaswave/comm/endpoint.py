@@ -19,7 +19,7 @@ from elaswave.comm.mailbox import Awaited, Mailbox
 from elaswave.comm.operation import Callback, Operation
 from elaswave.comm.statistics import LinkStatistics
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ConfigError, DeadlineExceeded, ElasWaveError, LinkClosed, PeerError, ProtocolError
+from elaswave.errors import ConfigError, DeadlineExceeded, ElasWaveError, LinkClosed, ProtocolError
 
 OPERATION = 1
 MESSAGE = 2
@@ -57,7 +57,13 @@ class Endpoint:
     """
 
     def __init__(
-        self, me: WorkerId, token: bytes, *, on_lost: OnLost, on_notice: OnNotice, options: EndpointOptions | None = None
+        self,
+        me: WorkerId,
+        token: bytes,
+        *,
+        on_lost: OnLost,
+        on_notice: OnNotice,
+        options: EndpointOptions | None = None,
     ) -> None:
         """on_lost: a link to a peer broke. on_notice: a peer sent a notice. Both are called by whoever drives."""
         self.me = me
@@ -125,7 +131,9 @@ class Endpoint:
         with self._state:
             if identity in self._communicators:
                 raise ConfigError(f"there is a communicator {name!r} already: give each a name of its own")
-            found = Communicator(name, identity, self.me, members, self._transmit, self._options.agree_s)
+            found = Communicator(
+                name, identity, me=self.me, members=members, transmit=self._transmit, agree_s=self._options.agree_s
+            )
             self._communicators[identity] = found
             self._mailboxes[identity] = Mailbox(found)
             late, self._late = self._late, []
@@ -192,7 +200,9 @@ class Endpoint:
         with self._state:
             member = communicator.members[rank]
             if member == self.me:
-                self._mailboxes[communicator.identity].arrived(self.me, communicator.epoch, tag, tensor.clone().view(torch.uint8))
+                self._mailboxes[communicator.identity].arrived(
+                    self.me, communicator.epoch, tag, tensor.clone().view(torch.uint8)
+                )
                 return
         self._send(member, MESSAGE, meta, tensor, copy=True)
 

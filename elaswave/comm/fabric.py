@@ -17,7 +17,7 @@ from elaswave.comm.endpoint import Endpoint
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
 from elaswave.core.ids import WorkerId
-from elaswave.errors import EpochChanged, LinkClosed, ProtocolError
+from elaswave.errors import LinkClosed
 
 CLOSE_S = 5.0
 RECONFIGURE_S = 60.0
@@ -174,5 +174,3 @@ def _host() -> str:
     """The same for processes that share a kernel and a network namespace, and for no others."""
     namespace = os.stat("/proc/self/ns/net").st_ino
     return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{namespace}"
-
-

@@ -24,7 +24,7 @@ Finish = Callable[[], object]
 
 
 class Group:
-    """Every method starts an operation and returns it; `wait` of the endpoint ends it. Arguments must not change till then.
+    """Every method starts an operation and returns it; until it has ended its arguments must not change.
 
     Results do not depend on the order of arrival. Where an operation fails, tensors that it writes to are undefined.
     """
@@ -120,9 +120,7 @@ class Group:
         result: Tensor | None = None,
     ) -> Operation:
         """Start it; at its end what was computed on flat copies is written to the tensors."""
-        operation = Operation(
-            name, collective, time.monotonic() + self.timeout_s, result, keep=result is not None
-        )
+        operation = Operation(name, collective, time.monotonic() + self.timeout_s, result, keep=result is not None)
 
         def end(ended: Operation) -> None:
             if ended.error is None:

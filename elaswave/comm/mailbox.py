@@ -66,14 +66,13 @@ class Mailbox:
         return awaited.payload is not None or awaited.epoch != self._communicator.epoch
 
     def take(self, awaited: Awaited, like: Tensor) -> int:
-        """Copy the message into `like`; the rank that sent it. Raises EpochChanged, ProtocolError for another length."""
+        """Copy the message into `like`; returns its sender. Raises EpochChanged, ProtocolError for another length."""
         if awaited.payload is None:
             raise EpochChanged(f"{self._communicator.name} changed while a message was awaited: call reconfigure()")
         member, payload = awaited.payload
-        if payload.numel() != like.numel() * like.element_size():
-            raise ProtocolError(
-                f"worker {member} sent {payload.numel()} bytes; this receive expects {like.numel() * like.element_size()}"
-            )
+        expected = like.numel() * like.element_size()
+        if payload.numel() != expected:
+            raise ProtocolError(f"worker {member} sent {payload.numel()} bytes; this receive expects {expected}")
         like.copy_(payload.view(like.dtype))
         return self._communicator.members.index(member)
 

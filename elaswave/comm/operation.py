@@ -28,7 +28,9 @@ class Operation:
         "result",
     )
 
-    def __init__(self, name: str, collective: Collective, deadline: float, result: Tensor | None, *, keep: bool) -> None:
+    def __init__(
+        self, name: str, collective: Collective, deadline: float, result: Tensor | None, *, keep: bool
+    ) -> None:
         """result: what all ranks share of it afterwards, flat. keep: it is small; it is kept for who misses it."""
         self.name = name
         self.collective = collective

@@ -23,7 +23,9 @@ def combine_of(operator: object) -> Combine:
     for kind, combine in _KINDS:
         if operator == kind:
             return combine
-    raise ConfigError(f"reduce operator {operator} is not supported: use SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR or BXOR")
+    raise ConfigError(
+        f"reduce operator {operator} is not supported: use SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR or BXOR"
+    )
 
 
 def average_over(operator: object, tensor: Tensor, size: int) -> Callable[[], object] | None:

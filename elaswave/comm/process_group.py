@@ -3,19 +3,16 @@
     import elaswave.comm.process_group
     torch.distributed.init_process_group("elastic", ...)
 
-A collective that meets a loss raises EpochChanged on all survivors or succeeds on all of them. See docs/communicators.md.
+A collective that meets a loss raises EpochChanged on all survivors or succeeds on all. See docs/communicators.md.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.futures import Future
 
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.group import Group, flat_of
@@ -39,7 +36,7 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def __init__(self, group: Group, fabric: Fabric, name: str) -> None:
         """`group` belongs to the new process group."""
-        super().__init__(group.communicator.rank, group.communicator.size)
+        super().__init__(group.communicator.rank, group.communicator.size)  # type: ignore[call-arg]
         self._group = group
         self._fabric = fabric
         self._name = name
@@ -152,10 +149,7 @@ class ElasticProcessGroup(dist.ProcessGroup):
         root = 0 if opts is None else opts.rootRank
         combine, size, mine = combine_of(operator), self.size(), self.rank() == root
         return self._works(
-            [
-                self._group.reduce(t, root, combine, average_over(operator, t, size) if mine else None)
-                for t in tensors
-            ],
+            [self._group.reduce(t, root, combine, average_over(operator, t, size) if mine else None) for t in tensors],
             tensors,
             opts,
         )
@@ -312,7 +306,9 @@ def _create(options: "_DistributedBackendOptions", backend_options: object) -> E
         options.store.set(f"elaswave/member/{rank}", str(fabric.me))
         members = [WorkerId(int(options.store.get(f"elaswave/member/{index}"))) for index in range(size)]
     communicator = fabric.communicator(options.group_id or "default", members)
-    return ElasticProcessGroup(Group(fabric.endpoint, communicator, options.timeout.total_seconds()), fabric, options.group_id)
+    return ElasticProcessGroup(
+        Group(fabric.endpoint, communicator, options.timeout.total_seconds()), fabric, options.group_id
+    )
 
 
 def register() -> None:
@@ -322,4 +318,3 @@ def register() -> None:
 
 
 register()
-

@@ -1,4 +1,4 @@
-"""Roster: who of the processes of a lone torch job is still in it; one writer at a time by compare-and-set on a store."""
+"""Roster: who of a lone torch job's processes is still in it, written by compare-and-set on a store."""
 
 import json
 from collections.abc import Iterable

@@ -15,7 +15,7 @@ from elaswave.errors import ElasWaveError
 Values = list[Tensor]
 
 
-class DoneWork(dist._Work):
+class DoneWork(dist.Work):
     """Of what is done when it is started."""
 
     def __init__(self, tensors: Values) -> None:
@@ -41,7 +41,7 @@ class DoneWork(dist._Work):
         return future
 
 
-class OperationWork(dist._Work):
+class OperationWork(dist.Work):
     """Of one or several collectives."""
 
     def __init__(self, endpoint: Endpoint, operations: list[Operation], tensors: Values) -> None:
@@ -101,7 +101,7 @@ class OperationWork(dist._Work):
         return self._tensors
 
 
-class ReceiveWork(dist._Work):
+class ReceiveWork(dist.Work):
     """Of one message that is awaited."""
 
     def __init__(self, group: Group, source: int | None, tag: int, tensor: Tensor) -> None:
