@@ -230,7 +230,8 @@ class Communicator:
         """Change members in place and agree with them; nothing happens where `epoch` is not newer.
 
         The last member takes the place of a removed one, so that few neighbours in rings and trees change; added ones
-        stand at the end.
+        stand at the end. `remove` is in the order of removal, the same for all members, and may repeat earlier ones:
+        who hears of two losses at once gets the same order as who hears of one after the other.
         """
         if epoch <= self.epoch:
             return EditReport(epoch=self.epoch, removed=(), added=())
@@ -305,9 +306,9 @@ class Communicator:
 
 
 def without(members: tuple[WorkerId, ...], gone: Iterable[WorkerId]) -> tuple[WorkerId, ...]:
-    """Members after the last ones have taken the places of those that are gone."""
+    """Members after, one by one, the last one has taken the place of one that is gone."""
     left = list(members)
-    for worker in sorted(gone, key=left.index, reverse=True):
+    for worker in gone:
         place = left.index(worker)
         last = left.pop()
         if place < len(left):

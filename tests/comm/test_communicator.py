@@ -1,0 +1,151 @@
+"""Agreement after losses: an operation succeeds on all survivors or fails on all, in random walks."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from elaswave.comm.collectives.commands import Collective
+from elaswave.comm.collectives.composed import acknowledged
+from elaswave.comm.collectives.reduction import add, even_segments, split
+from elaswave.comm.collectives.ring import ring_all_reduce
+from elaswave.comm.collectives.tree import tree_all_reduce
+from elaswave.comm.communicator import without
+from elaswave.comm.operation import Operation
+from elaswave.core.ids import WorkerId
+from elaswave.errors import EpochChanged, ProtocolError
+from tests.comm.simulated import Network
+
+LENGTH = 7
+
+
+def small(rank: int, size: int, tensor: Tensor) -> Collective:
+    return tree_all_reduce(rank, size, tensor, add)
+
+
+def large(rank: int, size: int, tensor: Tensor) -> Collective:
+    return acknowledged(rank, size, ring_all_reduce(rank, split(tensor, even_segments(LENGTH, size)), add))
+
+
+class Walk:
+    """Ranks that add up ones again and again, some of which die; each keeps what its operations have given."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = random.Random(seed)
+        size = self.generator.randint(2, 7)
+        self.network = Network(size, self.generator)
+        self.keep = bool(self.generator.randrange(2))
+        self.results: dict[WorkerId, list[float]] = {worker: [] for worker in self.network.alive}
+        self.current: dict[WorkerId, tuple[Operation, Tensor]] = {}
+        self.gone: list[WorkerId] = []
+        self.epoch = 0
+        self.told = dict.fromkeys(self.network.alive, 0)
+        self.raised: dict[WorkerId, list[int]] = {worker: [] for worker in self.network.alive}
+
+    def step(self) -> None:
+        choice = self.generator.random()
+        if choice < 0.04 and len(self.network.alive) > 1:
+            worker = self.generator.choice(sorted(self.network.alive))
+            self.network.kill(worker)
+            self.gone.append(worker)
+            self.epoch += 1
+        elif choice < 0.2:
+            self._tell(self.generator.choice(sorted(self.network.alive)))
+        elif choice < 0.45:
+            self._work(self.generator.choice(sorted(self.network.alive)))
+        else:
+            self.network.deliver_one()
+
+    def _tell(self, worker: WorkerId) -> None:
+        if self.told[worker] < self.epoch:
+            self.told[worker] = self.epoch
+            self.network.edit(worker, self.epoch, self.gone)
+
+    def _work(self, worker: WorkerId) -> None:
+        communicator = self.network.ranks[worker]
+        if worker in self.current:
+            operation, tensor = self.current[worker]
+            if not operation.finished:
+                return
+            del self.current[worker]
+            if operation.error is None:
+                assert torch.equal(tensor, tensor[:1].expand(LENGTH))
+                self.results[worker].append(float(tensor[0]))
+            else:
+                assert isinstance(operation.error, EpochChanged)
+                self.raised[worker].append(len(self.results[worker]))
+        elif communicator.broken and communicator.agreed and self.told[worker] == self.epoch:
+            if self.raised[worker] and self.raised[worker][-1] == len(self.results[worker]):
+                communicator.acknowledge()
+            self._start(worker)
+        else:
+            self._start(worker)
+
+    def _start(self, worker: WorkerId) -> None:
+        tensor = torch.ones(LENGTH)
+        self.current[worker] = (
+            self.network.start(worker, small if self.keep else large, tensor, keep=self.keep),
+            tensor,
+        )
+
+    def finish(self) -> None:
+        """Everybody hears of everything and works until as much has succeeded as anywhere, and a bit more."""
+        for worker in sorted(self.network.alive):
+            self._tell(worker)
+        goal = max(len(found) for found in self.results.values()) + 3
+        for _ in range(20000):
+            behind = [worker for worker in sorted(self.network.alive) if len(self.results[worker]) < goal]
+            if not behind:
+                return
+            self._work(self.generator.choice(behind))
+            self.network.deliver_one()
+        raise AssertionError(f"stuck: {self.results}, {self.raised}")
+
+
+@pytest.mark.parametrize("base", range(0, 400, 100))
+def test_operations_succeed_on_all_survivors_or_on_none(base: int) -> None:
+    losses = 0
+    for seed in range(base, base + 100):
+        walk = Walk(seed)
+        for _ in range(150):
+            walk.step()
+        walk.finish()
+        found = [walk.results[worker] for worker in sorted(walk.network.alive)]
+        shortest = min(map(len, found))
+        assert all(results[:shortest] == found[0][:shortest] for results in found), seed
+        losses += walk.epoch
+    assert losses > 50, "too few losses to show anything"
+
+
+def test_what_a_rank_has_completed_is_handed_to_those_that_miss_it() -> None:
+    network = Network(3, random.Random(0))
+    tensors = [torch.ones(LENGTH) for _ in range(3)]
+    operations = [network.start(WorkerId(rank), small, tensors[rank], keep=True) for rank in range(3)]
+    while not operations[0].finished:  # the root has the sum; its children have not heard of it
+        for pair in ((1, 0), (2, 0)):
+            frames = network.links[WorkerId(pair[0]), WorkerId(pair[1])]
+            network.ranks[WorkerId(0)].receive(WorkerId(pair[0]), *frames.popleft())
+    network.kill(WorkerId(2))
+    network.links.clear()
+    for rank in (0, 1):
+        network.edit(WorkerId(rank), 1, [WorkerId(2)])
+    network.run()
+    assert operations[1].finished and operations[1].error is None
+    assert float(tensors[1][0]) == 3.0
+
+
+def test_members_that_leave_are_replaced_by_the_last() -> None:
+    members = tuple(WorkerId(worker) for worker in range(6))
+    assert without(members, [WorkerId(1)]) == (0, 5, 2, 3, 4)
+    assert without(members, [WorkerId(5)]) == (0, 1, 2, 3, 4)
+    assert without(members, [WorkerId(0), WorkerId(5)]) == (4, 1, 2, 3)
+
+
+def test_an_operation_of_another_length_is_an_error_that_names_both() -> None:
+    network = Network(2, random.Random(0))
+    network.start(WorkerId(1), small, torch.ones(3), keep=True)
+    operation = network.start(WorkerId(0), small, torch.ones(LENGTH), keep=True)
+    with pytest.raises(ProtocolError, match=r"12 bytes .* expects 28"):
+        network.run()
+    assert not operation.finished
