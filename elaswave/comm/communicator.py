@@ -285,8 +285,11 @@ class Communicator:
         """All members know: operations up to `last` have succeeded, later ones fail."""
         self._agreement = None
         self.agreed = True
-        if self._queue and self._queue[0].number == last:
-            self._complete(self._queue[0])
+        head = self._queue[0] if self._queue else None
+        if head is not None and head.number == last:
+            if not head.held and not head.keep and head.catch_up is not None:
+                head.catch_up()
+            self._complete(head)
         self._completed = max(self._completed, last)
         self._next = self._completed + 1
         for operation in self._queue:

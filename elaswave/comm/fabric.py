@@ -46,6 +46,7 @@ class Fabric:
         self._lock = threading.RLock()
         self._roster: Roster = FIRST
         self._departed: set[WorkerId] = set()
+        self._neighbours: set[WorkerId] = set()  # processes of this host
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="elaswave-"))
         try:
@@ -69,9 +70,12 @@ class Fabric:
         keys = [f"elaswave/address/{peer}" for peer in range(size)]
         self._store.wait(keys, timeout)
         addresses: dict[WorkerId, str] = {}
+        self._neighbours.add(self.me)
         for peer, key in enumerate(keys):
             host, unix, tcp = self._store.get(key).decode().split(" ")
             addresses[WorkerId(peer)] = unix if host == _host() else tcp
+            if host == _host():
+                self._neighbours.add(WorkerId(peer))
         self.endpoint.connect(addresses)
 
     def communicator(self, name: str, members: Sequence[WorkerId]) -> Communicator:
@@ -81,6 +85,10 @@ class Fabric:
             self._origins[found] = tuple(members)
             self._apply(found)
         return found
+
+    def shares_memory(self, members: Sequence[WorkerId]) -> bool:
+        """All are processes of this host."""
+        return self._neighbours.issuperset(members)
 
     def drop(self, communicator: Communicator) -> None:
         """It is not used any more; with the last one the fabric ends."""

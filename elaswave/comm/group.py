@@ -11,10 +11,18 @@ from elaswave.comm.collectives.composed import acknowledged, broadcast, reduce
 from elaswave.comm.collectives.direct import direct_exchange, direct_gather, direct_scatter
 from elaswave.comm.collectives.reduction import Combine, add, even_segments, split
 from elaswave.comm.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from elaswave.comm.collectives.shared_memory import (
+    Arenas,
+    shared_all_gather,
+    shared_all_reduce,
+    shared_catch_up,
+    shared_reduce_scatter,
+)
 from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.endpoint import Endpoint
 from elaswave.comm.operation import Operation
+from elaswave.comm.sharing import Sharing
 
 TREE_LIMIT_BYTES = 32 << 10
 """All-reduces up to this go through a tree; larger ones round a ring. Measured by benchmarks/communicators.py."""
@@ -29,11 +37,14 @@ class Group:
     Results do not depend on the order of arrival. Where an operation fails, tensors that it writes to are undefined.
     """
 
-    def __init__(self, endpoint: Endpoint, communicator: Communicator, timeout_s: float) -> None:
-        """timeout_s: limit of one operation."""
+    def __init__(
+        self, endpoint: Endpoint, communicator: Communicator, timeout_s: float, *, arena_bytes: int = 0
+    ) -> None:
+        """timeout_s: limit of one operation. arena_bytes: shared memory of a rank; 0: ranks are on several hosts."""
         self.endpoint = endpoint
         self.communicator = communicator
         self.timeout_s = timeout_s
+        self._sharing = Sharing(communicator, arena_bytes)
 
     def all_reduce(self, tensor: Tensor, combine: Combine = add, finish: Finish | None = None) -> Operation:
         """`tensor` becomes the combination over all ranks; then `finish` is called."""
@@ -43,8 +54,15 @@ class Group:
             collective = tree_all_reduce(rank, size, flat, combine)
             return self._start("all_reduce", collective, [(tensor, flat)], finish, result=flat)
         segments = split(flat, even_segments(flat.numel(), size))
-        collective = acknowledged(rank, size, ring_all_reduce(rank, segments, combine))
-        return self._start("all_reduce", collective, [(tensor, flat)], finish)
+        used: list[Arenas] = []
+        collective = self._sharing.choose(
+            lambda arenas: shared_all_reduce(arenas, flat, combine),
+            lambda: acknowledged(rank, size, ring_all_reduce(rank, segments, combine)),
+            used,
+        )
+        return self._start(
+            "all_reduce", collective, [(tensor, flat)], finish, catch_up=lambda: shared_catch_up(used[0], flat)
+        )
 
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], combine: Combine = add, finish: Finish | None = None
@@ -52,7 +70,11 @@ class Group:
         """`output` becomes the combination of `inputs[rank]` over all ranks; lengths of inputs may differ."""
         rank, size = self._place()
         flats = [tensor.reshape(-1).clone() for tensor in inputs]  # partial sums must not be left in the arguments
-        collective = acknowledged(rank, size, ring_reduce_scatter(rank, flats, combine))
+        collective = self._sharing.choose(
+            lambda arenas: shared_reduce_scatter(arenas, flats, combine),
+            lambda: ring_reduce_scatter(rank, flats, combine),
+        )
+        collective = acknowledged(rank, size, collective)
         return self._start("reduce_scatter", collective, [(output, flats[rank])], finish)
 
     def all_gather(self, outputs: Sequence[Tensor], given: Tensor) -> Operation:
@@ -60,7 +82,10 @@ class Group:
         rank, size = self._place()
         flats = [flat_of(tensor) for tensor in outputs]
         flats[rank].copy_(given.reshape(-1))
-        collective = acknowledged(rank, size, ring_all_gather(rank, flats))
+        collective = self._sharing.choose(
+            lambda arenas: shared_all_gather(arenas, flats), lambda: ring_all_gather(rank, flats)
+        )
+        collective = acknowledged(rank, size, collective)
         return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)))
 
     def broadcast(self, tensor: Tensor, root: int) -> Operation:
@@ -118,6 +143,7 @@ class Group:
         finish: Finish | None = None,
         *,
         result: Tensor | None = None,
+        catch_up: Callable[[], None] | None = None,
     ) -> Operation:
         """Start it; at its end what was computed on flat copies is written to the tensors."""
         operation = Operation(name, collective, time.monotonic() + self.timeout_s, result, keep=result is not None)
@@ -131,6 +157,7 @@ class Group:
                     finish()
 
         operation.before_end = end
+        operation.catch_up = catch_up
         self.endpoint.start(self.communicator, operation)
         return operation
 

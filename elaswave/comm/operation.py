@@ -17,6 +17,7 @@ class Operation:
         "awaited",
         "before_end",
         "callbacks",
+        "catch_up",
         "collective",
         "deadline",
         "error",
@@ -43,6 +44,7 @@ class Operation:
         self.error: ElasWaveError | None = None
         self.finished = False
         self.before_end: Callback | None = None
+        self.catch_up: Callable[[], None] | None = None  # gets the result that another rank has completed
         self.callbacks: list[Callback] = []
 
     def raise_error(self) -> None:

@@ -6,6 +6,7 @@
 A collective that meets a loss raises EpochChanged on all survivors or succeeds on all. See docs/communicators.md.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
+from elaswave.comm.arena import ARENA_BYTES
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.group import Group, flat_of
 from elaswave.comm.operation import Operation
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import _DistributedBackendOptions
 
 Tensors = Sequence[Tensor]
+
+
+SHARED_MEMORY_VARIABLE = "ELASWAVE_NO_SHARED_MEMORY"
+"""Set to anything: processes of one host use links, as those of several hosts do."""
 
 
 class ElasticProcessGroup(dist.ProcessGroup):
@@ -306,9 +312,10 @@ def _create(options: "_DistributedBackendOptions", backend_options: object) -> E
         options.store.set(f"elaswave/member/{rank}", str(fabric.me))
         members = [WorkerId(int(options.store.get(f"elaswave/member/{index}"))) for index in range(size)]
     communicator = fabric.communicator(options.group_id or "default", members)
-    return ElasticProcessGroup(
-        Group(fabric.endpoint, communicator, options.timeout.total_seconds()), fabric, options.group_id
-    )
+    arena_bytes = ARENA_BYTES if fabric.shares_memory(members) and SHARED_MEMORY_VARIABLE not in os.environ else 0
+    timeout_s = options.timeout.total_seconds()
+    group = Group(fabric.endpoint, communicator, timeout_s, arena_bytes=arena_bytes)
+    return ElasticProcessGroup(group, fabric, options.group_id)
 
 
 def register() -> None:
