@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elaswave.comm.collectives.commands import Collective, Held, Receive, Send
+from elaswave.comm.collectives.commands import NO_ANSWER, Await, Collective, Held, Receive, Send
 from elaswave.comm.collectives.composed import agreement, rotated
 from elaswave.comm.collectives.tree import tree_broadcast
 from elaswave.comm.operation import Operation
@@ -124,11 +124,24 @@ class Communicator:
 
     def _resume(self, operation: Operation) -> None:
         """Go on, if what it waits for is here."""
-        while operation.awaited is not None and not operation.finished:
-            payload = self._take(operation.number, operation.awaited)
+        awaited = operation.awaited
+        while isinstance(awaited, Receive):
+            payload = self._take(operation.number, awaited)
             if payload is None:
                 return
             self._advance(operation, payload)
+            awaited = operation.awaited
+
+    def awaited_memory(self) -> Await | None:
+        """What the current operation waits for in memory: nobody sends a message of it."""
+        current = self._current()
+        return current.awaited if current is not None and isinstance(current.awaited, Await) else None
+
+    def look(self) -> None:
+        """Go on if what is awaited in memory has come."""
+        current = self._current()
+        if current is not None and isinstance(current.awaited, Await) and current.awaited.is_ready():
+            self._advance(current, None)
 
     def _take(self, number: int, awaited: Receive) -> Tensor | None:
         key = (self.epoch, number, self.members[awaited.rank])
@@ -150,21 +163,23 @@ class Communicator:
         """Run the generator until it waits for something that is not here, or ends."""
         operation.awaited = None
         try:
-            command = next(operation.collective) if answer is None else operation.collective.send(answer)
             while True:
+                command = operation.collective.send(NO_ANSWER if answer is None else answer)
+                answer = None
                 match command:
                     case Send():
                         self._transmit(self.members[command.rank], self, operation.number, command.tensor)
-                        command = next(operation.collective)
                     case Held():
                         operation.held = True
-                        command = next(operation.collective)
                     case Receive():
-                        payload = self._take(operation.number, command)
-                        if payload is None:
+                        answer = self._take(operation.number, command)
+                        if answer is None:
                             operation.awaited = command
                             return
-                        command = operation.collective.send(payload)
+                    case Await():
+                        if not command.is_ready():
+                            operation.awaited = command
+                            return
         except StopIteration:
             self._succeed(operation)
         except ElasWaveError as error:

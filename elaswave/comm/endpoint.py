@@ -30,6 +30,9 @@ _MESSAGE_META = struct.Struct("<QIq")
 COPY_BYTES = 64 << 10
 """Payloads up to this are copied where they must wait. Larger ones are acknowledged: their operation ends later."""
 
+MEMORY_TURN_S = 0.002
+"""Who waits for shared memory looks after messages so often."""
+
 LATE_STORE_LIMIT = 4096
 """Frames kept for communicators that this process has not made yet."""
 
@@ -272,12 +275,20 @@ class Endpoint:
         now = time.monotonic()
         with self._state:
             limits = [found.earliest_deadline() for found in self._communicators.values()]
+            memory = [found.awaited_memory() for found in self._communicators.values()]
         until = min([deadline, *(limit for limit in limits if limit is not None)])
-        self._inbox.wait(max(now, until))
+        awaited = next((found for found in memory if found is not None), None)
+        if awaited is None:
+            self._inbox.wait(max(now, until))
+        elif until > now:
+            # Frames come in by the links' own thread meanwhile; among them the news that ends this wait for good.
+            awaited.block(min(MEMORY_TURN_S, until - now))
         items = self._inbox.take_all()
         with self._state:
             for item in items:
                 self._take(item)
+            for communicator in self._communicators.values():
+                communicator.look()
             now = time.monotonic()
             for communicator in self._communicators.values():
                 communicator.expire(now)

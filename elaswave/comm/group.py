@@ -50,7 +50,7 @@ class Group:
         """`tensor` becomes the combination over all ranks; then `finish` is called."""
         rank, size = self._place()
         flat = flat_of(tensor)
-        if flat.numel() * flat.element_size() <= TREE_LIMIT_BYTES:
+        if flat.numel() * flat.element_size() <= TREE_LIMIT_BYTES and not self._sharing.wanted:
             collective = tree_all_reduce(rank, size, flat, combine)
             return self._start("all_reduce", collective, [(tensor, flat)], finish, result=flat)
         segments = split(flat, even_segments(flat.numel(), size))
@@ -61,7 +61,7 @@ class Group:
             used,
         )
         return self._start(
-            "all_reduce", collective, [(tensor, flat)], finish, catch_up=lambda: shared_catch_up(used[0], flat)
+            "all_reduce", collective, [(tensor, flat)], finish, catch_up=lambda: shared_catch_up(used[0], flat, combine)
         )
 
     def reduce_scatter(

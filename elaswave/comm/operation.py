@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from elaswave.comm.collectives.commands import Collective, Receive
+from elaswave.comm.collectives.commands import Await, Collective, Receive
 from elaswave.errors import ElasWaveError
 
 Callback = Callable[["Operation"], None]
@@ -40,7 +40,7 @@ class Operation:
         self.keep = keep
         self.number = -1
         self.held = False
-        self.awaited: Receive | None = None
+        self.awaited: Receive | Await | None = None
         self.error: ElasWaveError | None = None
         self.finished = False
         self.before_end: Callback | None = None

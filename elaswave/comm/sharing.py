@@ -11,6 +11,7 @@ from elaswave.comm.collectives.reduction import maximum
 from elaswave.comm.collectives.shared_memory import Arenas
 from elaswave.comm.collectives.tree import tree_all_reduce
 from elaswave.comm.communicator import Communicator
+from elaswave.comm.futex import AVAILABLE
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ElasWaveError
 
@@ -21,11 +22,16 @@ class Sharing:
     def __init__(self, communicator: Communicator, arena_bytes: int) -> None:
         """arena_bytes: 0 where memory is not shared."""
         self._communicator = communicator
-        self._arena_bytes = arena_bytes
+        self._arena_bytes = arena_bytes if AVAILABLE else 0
         self._own: Arena | None = None
         self._opened: dict[WorkerId, Tensor] = {}
         self._epoch = -1
         self._arenas: Arenas | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Memory is shared, or will be, unless some rank turns out to have none; the same on all ranks."""
+        return self._arena_bytes > 0
 
     def choose(
         self, shared: Callable[[Arenas], Collective], linked: Callable[[], Collective], used: list[Arenas] | None = None
@@ -45,28 +51,30 @@ class Sharing:
         members, rank = self._communicator.members, self._communicator.rank
         size, epoch = len(members), self._communicator.epoch
         paths = torch.zeros((size, PATH_BYTES), dtype=torch.uint8)
-        failed = torch.zeros(1, dtype=torch.uint8)
+        failed = torch.zeros(2, dtype=torch.int64)  # whether somebody has no memory, and the last barrier of anybody
         try:
             self._own = self._own or Arena(self._arena_bytes)
             path = self._own.path.encode()
             paths[rank, : len(path)] = torch.frombuffer(bytearray(path), dtype=torch.uint8)
         except ElasWaveError:
-            failed.fill_(1)  # all use links then
+            failed[0] = 1  # all use links then
         yield from tree_all_reduce(rank, size, paths.view(-1), maximum)
         try:
             for place, worker in enumerate(members):
                 self._open(worker, bytes(paths[place].tolist()).rstrip(b"\0").decode())
+            failed[1] = int(self._opened[self._communicator.me][:8].view(torch.int64))
         except ElasWaveError:
-            failed.fill_(1)
+            failed[0] = 1
         yield from tree_all_reduce(rank, size, failed, maximum)
         self._epoch = epoch
-        self._arenas = None if int(failed) else Arenas(rank, [self._opened[worker] for worker in members])
+        arenas = [self._opened[worker] for worker in members] if not int(failed[0]) else []
+        self._arenas = Arenas(rank, arenas, int(failed[1])) if arenas else None
 
     def _open(self, worker: WorkerId, path: str) -> None:
         if worker in self._opened:
             return
-        mine = worker == self._communicator.me and self._own is not None
-        self._opened[worker] = self._own.tensor if mine and self._own else open_arena(path, self._arena_bytes)
+        own = self._own.tensor if self._own is not None and worker == self._communicator.me else None
+        self._opened[worker] = open_arena(path, self._arena_bytes) if own is None else own
 
     def close(self) -> None:
         """Let go of the memory."""

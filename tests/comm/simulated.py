@@ -70,5 +70,16 @@ class Network:
 
     def run(self) -> None:
         """Deliver everything."""
-        while self.deliver_one():
-            pass
+        waiting = True
+        while waiting:
+            while self.deliver_one():
+                pass
+            waiting = any(self.look(worker) for worker in sorted(self.alive))
+
+    def look(self, worker: WorkerId) -> bool:
+        """Have a rank see what is in memory by now; whether it could go on."""
+        awaited = self.ranks[worker].awaited_memory()
+        if awaited is None or not awaited.is_ready():
+            return False
+        self.ranks[worker].look()
+        return True

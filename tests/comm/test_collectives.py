@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from elaswave.comm.collectives import shared_memory
 from elaswave.comm.collectives.commands import Collective
 from elaswave.comm.collectives.composed import acknowledged, broadcast, reduce
 from elaswave.comm.collectives.direct import (
@@ -19,6 +20,14 @@ from elaswave.comm.collectives.direct import (
 )
 from elaswave.comm.collectives.reduction import add, even_segments, maximum, split
 from elaswave.comm.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from elaswave.comm.collectives.shared_memory import (
+    HEADER_BYTES,
+    Arenas,
+    shared_all_gather,
+    shared_all_reduce,
+    shared_catch_up,
+    shared_reduce_scatter,
+)
 from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier
 from elaswave.core.ids import WorkerId
 from tests.comm.simulated import Network
@@ -129,3 +138,66 @@ def test_nobody_leaves_a_barrier_before_all_have_entered(size: int) -> None:
     network.start(WorkerId(size - 1), lambda r, s, t: tree_barrier(r, s, nothing), nothing, keep=False)
     network.run()
     assert all(operation.finished for operation in started)
+
+
+def shared(size: int) -> list[Arenas]:
+    memory = [torch.zeros(HEADER_BYTES + 4 * 64 * 3, dtype=torch.uint8) for _ in range(size)]
+    return [Arenas(rank, memory, 0) for rank in range(size)]
+
+
+@given(st.integers(1, 6), lengths, seeds, st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_shared_memory_gives_the_same_as_links(size: int, length: int, seed: int, small: bool) -> None:
+    arenas = shared(size)
+    if length * 8 > arenas[0].capacity(torch.uint8) or not small:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_memory, "SMALL_BYTES", 0)
+            check_shared_memory(arenas, length, seed)
+    else:
+        check_shared_memory(arenas, length, seed)
+
+
+def check_shared_memory(arenas: list[Arenas], length: int, seed: int) -> None:
+    size = len(arenas)
+    for _ in range(3):  # slots are used in turn
+        tensors = [values(rank, length) for rank in range(size)]
+        expected = sum(tensors, torch.zeros(length, dtype=torch.float64))
+        run(seed, [shared_all_reduce(arenas[rank], tensors[rank], add) for rank in range(size)])
+        assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+        torch.testing.assert_close(tensors[0], expected)
+        counts = even_segments(length, size)
+        segments = [split(values(rank, length), counts) for rank in range(size)]
+        run(
+            seed,
+            [
+                acknowledged(rank, size, shared_reduce_scatter(arenas[rank], segments[rank], add))
+                for rank in range(size)
+            ],
+        )
+        torch.testing.assert_close(torch.cat([segments[rank][rank] for rank in range(size)]), expected)
+        run(
+            seed,
+            [acknowledged(rank, size, shared_all_gather(arenas[rank], segments[rank])) for rank in range(size)],
+        )
+        for rank in range(size):
+            torch.testing.assert_close(torch.cat(segments[rank]), expected)
+
+
+def test_who_waits_in_the_last_barrier_can_finish_from_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "SMALL_BYTES", 0)
+    arenas = shared(3)
+    tensors = [values(rank, 11) for rank in range(3)]
+    expected = sum(tensors, torch.zeros(11, dtype=torch.float64))
+    network = Network(3, random.Random(0))
+    operations = [
+        network.start(
+            WorkerId(rank), lambda r, s, t: shared_all_reduce(arenas[r], tensors[r], add), tensors[rank], keep=False
+        )
+        for rank in range(3)
+    ]
+    while not operations[0].finished:
+        for rank in (2, 1, 0):
+            network.look(WorkerId(rank))
+    assert not operations[2].finished
+    shared_catch_up(arenas[2], tensors[2], add)
+    torch.testing.assert_close(tensors[2], expected)

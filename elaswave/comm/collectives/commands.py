@@ -1,7 +1,8 @@
 """What a collective asks of whoever drives it."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
@@ -27,5 +28,19 @@ class Held:
     """From here on this rank has its result, whatever becomes of the others: only acknowledgements follow."""
 
 
-Collective = Generator[Send | Receive | Held, Tensor, None]
-"""The driver answers a Receive with a tensor that nobody else uses, and the others with an empty tensor."""
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Go on once `is_ready()`; `block(seconds)` waits for that, at most so long, and may end early."""
+
+    rank: int
+    is_ready: Callable[[], bool]
+    block: Callable[[float], object]
+
+
+Command = Send | Receive | Held | Await
+
+Collective = Generator[Command, Tensor, None]
+"""The driver answers a Receive with a tensor that nobody else uses, and the others with `NO_ANSWER`."""
+
+NO_ANSWER = cast(Tensor, None)
+"""What a generator takes at its start, and after what has no answer."""

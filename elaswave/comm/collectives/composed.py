@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elaswave.comm.collectives.commands import Collective, Held, Receive, Send
+from elaswave.comm.collectives.commands import NO_ANSWER, Collective, Held, Receive, Send
 from elaswave.comm.collectives.reduction import Combine, maximum
 from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier, tree_broadcast, tree_reduce
 
@@ -14,21 +14,19 @@ _NOTHING = torch.empty(0)
 
 def rotated(collective: Collective, shift: int, size: int) -> Collective:
     """The same with rank r in the part of rank r - shift: a root other than 0."""
-    answer = _NOTHING
+    answer = NO_ANSWER
     while True:
         try:
-            command = collective.send(answer) if answer is not _NOTHING else next(collective)
+            command = collective.send(answer)
         except StopIteration:
             return
         match command:
             case Send():
                 answer = yield Send((command.rank + shift) % size, command.tensor)
-                answer = _NOTHING
             case Receive():
                 answer = yield Receive((command.rank + shift) % size, command.like)
-            case Held():
-                yield command
-                answer = _NOTHING
+            case _:
+                answer = yield command
 
 
 def broadcast(rank: int, size: int, root: int, tensor: Tensor) -> Collective:
