@@ -20,6 +20,9 @@ AGREEMENT = (1 << 64) - 1
 EPOCHS_AHEAD = 1024
 """How far a peer can be ahead of this rank's epoch; more is nonsense that must not be stored."""
 
+NOTHING_MISSED = 1 << 40
+"""What a joining rank says about the operations before it: more than any number of them."""
+
 Transmit = Callable[[WorkerId, "Communicator", int, Tensor], None]
 """Sends a flat tensor to a member as part of the operation of this number."""
 
@@ -50,7 +53,7 @@ class Communicator:
         transmit: Transmit,
         agree_s: float,
     ) -> None:
-        """identity: the same on all members, different for other communicators. agree_s: limit of an agreement."""
+        """identity: the same on all members, different for other communicators. agree_s: seconds for an agreement."""
         self.name = name
         self.identity = identity
         self.me = me
@@ -65,6 +68,7 @@ class Communicator:
         self._agreement: Operation | None = None
         self._completed = 0
         self._next = 1
+        self._joined = False
         self._kept: Tensor | None = None
         self._arrived: dict[tuple[int, int, WorkerId], deque[Tensor]] = {}
         self.finished: list[Operation] = []
@@ -268,9 +272,17 @@ class Communicator:
             self._settle(self._completed)
         return EditReport(epoch=epoch, removed=gone, added=new)
 
+    def join(self, epoch: int, now: float) -> None:
+        """Take part from this epoch on, in which the others have added this rank; it has missed nothing."""
+        self.epoch = epoch
+        self.broken = True
+        self.agreed = False
+        self._joined = True
+        self._begin_agreement(now)
+
     def _begin_agreement(self, now: float) -> None:
         head = self._queue[0] if self._queue else None
-        reachable = self._completed + (head is not None and head.held)
+        reachable = NOTHING_MISSED if self._joined else self._completed + (head is not None and head.held)
         rank, size = self.rank, self.size
         operation = Operation("agreement", self._agree(rank, size, reachable), now + self._agree_s, None, keep=False)
         operation.number = AGREEMENT
@@ -306,6 +318,7 @@ class Communicator:
                 head.catch_up()
             self._complete(head)
         self._completed = max(self._completed, last)
+        self._joined = False
         self._next = self._completed + 1
         for operation in self._queue:
             self._end(operation, self._changed())

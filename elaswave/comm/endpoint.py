@@ -126,8 +126,11 @@ class Endpoint:
 
     # ------------------------------------------------------------------ communicators
 
-    def communicator(self, name: str, members: Sequence[WorkerId]) -> Communicator:
-        """A new one; all members make it under the same name, in any order with others."""
+    def communicator(self, name: str, members: Sequence[WorkerId], *, epoch: int = 0) -> Communicator:
+        """A new one; all members make it under the same name, in any order with others.
+
+        epoch: that in which the other members add this process by `edit`; 0 where all begin together.
+        """
         if self.me not in members or len(set(members)) != len(members):
             raise ConfigError(f"members of {name!r} are {list(members)}: must be distinct and include {self.me}")
         identity = int.from_bytes(sha256(name.encode()).digest()[:8], "little")
@@ -139,6 +142,8 @@ class Endpoint:
             )
             self._communicators[identity] = found
             self._mailboxes[identity] = Mailbox(found)
+            if epoch:
+                found.join(epoch, time.monotonic())
             late, self._late = self._late, []
             for frame in late:
                 self._take_frame(frame)

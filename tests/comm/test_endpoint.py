@@ -1,0 +1,207 @@
+"""Endpoints with real links: every rank a thread of this process, edits and failures at any moment."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from elaswave.comm.communicator import Communicator
+from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.group import Group
+from elaswave.comm.inbox import PeerClosed
+from elaswave.core.ids import WorkerId
+from elaswave.errors import DeadlineExceeded, EpochChanged, LinkClosed, PeerError, ProtocolError
+
+LIMIT_S = 30.0
+
+
+class Gang:
+    """Endpoints 0..n-1 that know each other."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.closed: list[PeerClosed] = []
+        self.endpoints = [
+            Endpoint(WorkerId(rank), b"token", on_lost=self.closed.append, on_notice=lambda peer, content: None)
+            for rank in range(size)
+        ]
+        addresses = {
+            WorkerId(rank): endpoint.open(f"unix:{folder / str(rank)}") for rank, endpoint in enumerate(self.endpoints)
+        }
+        for endpoint in self.endpoints:
+            endpoint.connect(addresses)
+        self.members = [WorkerId(rank) for rank in range(size)]
+        self.pool = ThreadPoolExecutor(size)
+
+    def groups(self, name: str = "all", timeout_s: float = LIMIT_S) -> list[Group]:
+        return [Group(found, found.communicator(name, self.members), timeout_s) for found in self.endpoints]
+
+    def on_all(self, work: Callable[[int], object], ranks: range | None = None) -> list[object]:
+        """Run it on every rank at once; raises what the first one raises."""
+        running = [self.pool.submit(work, rank) for rank in ranks or range(len(self.endpoints))]
+        return [found.result(2 * LIMIT_S) for found in running]
+
+
+@contextmanager
+def gang(folder: Path, size: int) -> Iterator[Gang]:
+    made = Gang(folder, size)
+    try:
+        yield made
+    finally:
+        for endpoint in made.endpoints:
+            endpoint.close(0.5)
+        made.pool.shutdown()
+
+
+def sum_of_ones(group: Group, length: int = 5) -> float:
+    tensor = torch.ones(length)
+    group.endpoint.wait(group.all_reduce(tensor))
+    assert torch.equal(tensor, tensor[:1].expand(length))
+    return float(tensor[0])
+
+
+@pytest.mark.parametrize("length", [5, 100_000])
+def test_all_ranks_get_the_sum(tmp_path: Path, length: int) -> None:
+    with gang(tmp_path, 4) as ranks:
+        groups = ranks.groups()
+        assert ranks.on_all(lambda rank: [sum_of_ones(groups[rank], length) for _ in range(5)]) == [[4.0] * 5] * 4
+
+
+def test_operations_of_two_communicators_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        first, second = ranks.groups("first"), ranks.groups("second")
+
+        def work(rank: int) -> float:
+            order = (first, second) if rank else (second, first)
+            started = [found[rank].all_reduce(torch.ones(100_000)) for found in order]
+            for operation in reversed(started):
+                order[0][rank].endpoint.wait(operation)
+            return sum_of_ones(first[rank])
+
+        assert ranks.on_all(work) == [2.0, 2.0]
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path) -> None:
+    with gang(tmp_path, 3) as ranks:
+        groups = ranks.groups()
+        joining = WorkerId(2)
+
+        def edit(rank: int, epoch: int, *, add: bool) -> None:
+            endpoint, communicator = groups[rank].endpoint, groups[rank].communicator
+            endpoint.edit(communicator, epoch, () if add else (joining,), (joining,) if add else ())
+            endpoint.acknowledge(communicator, time.monotonic() + LIMIT_S)
+
+        def work(rank: int, epochs: range) -> None:
+            for epoch in epochs:
+                if rank < 2:
+                    edit(rank, epoch, add=epoch % 2 == 0)
+                elif epoch % 2 == 0:
+                    endpoint = groups[2].endpoint
+                    endpoint.drop(groups[2].communicator)
+                    communicator = endpoint.communicator("all", ranks.members, epoch=epoch)
+                    groups[2] = Group(endpoint, communicator, LIMIT_S)
+                    endpoint.acknowledge(communicator, time.monotonic() + LIMIT_S)
+                if rank < 2 or epoch % 2 == 0:
+                    assert sum_of_ones(groups[rank]) == (3.0 if epoch % 2 == 0 else 2.0)
+
+        ranks.on_all(lambda rank: work(rank, range(1, 11)))
+        before = descriptors(), threading.active_count()
+        dials = [endpoint.statistics().dials for endpoint in ranks.endpoints]
+        ranks.on_all(lambda rank: work(rank, range(11, 1011)))
+        assert (descriptors(), threading.active_count()) == before
+        assert [endpoint.statistics().dials for endpoint in ranks.endpoints] == dials, "an edit made links anew"
+        assert ranks.closed == []
+
+
+def test_a_storm_of_edits_from_several_threads_ends_every_operation(tmp_path: Path) -> None:
+    with gang(tmp_path, 4) as ranks:
+        groups = ranks.groups()
+        edits = 40
+
+        def storm(communicator: Communicator, endpoint: Endpoint, first: int) -> None:
+            for epoch in range(first, edits, 3):
+                endpoint.edit(communicator, epoch, ())
+
+        def work(rank: int) -> int:
+            endpoint, communicator = groups[rank].endpoint, groups[rank].communicator
+            threads = [threading.Thread(target=storm, args=(communicator, endpoint, first)) for first in (1, 2, 3)]
+            for thread in threads:
+                thread.start()
+            changed = 0
+            while communicator.epoch < edits - 1 or communicator.broken:
+                try:
+                    assert sum_of_ones(groups[rank]) == 4.0
+                except EpochChanged:
+                    changed += 1
+                    endpoint.acknowledge(communicator, time.monotonic() + LIMIT_S)
+            for thread in threads:
+                thread.join()
+            return changed
+
+        assert all(isinstance(changed, int) and changed > 0 for changed in ranks.on_all(work))
+        assert ranks.on_all(lambda rank: sum_of_ones(groups[rank])) == [4.0] * 4
+
+
+def test_a_silent_rank_is_named_when_the_deadline_has_come(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups(timeout_s=0.3)
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"all_reduce of all waited for rank 1 \(worker 1\)"):
+            sum_of_ones(groups[0])
+        assert time.monotonic() - started < 5.0
+
+
+def test_who_is_removed_is_told_so(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups()
+        operation = groups[1].all_reduce(torch.ones(3))
+        groups[1].endpoint.edit(groups[1].communicator, 1, (WorkerId(1),))
+        with pytest.raises(EpochChanged):
+            groups[1].endpoint.wait(operation)
+        with pytest.raises(EpochChanged, match="was removed from all in epoch 1"):
+            groups[1].endpoint.acknowledge(groups[1].communicator, time.monotonic() + LIMIT_S)
+
+
+def test_closing_ends_a_wait_of_another_thread(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups()
+        waiting = ranks.pool.submit(sum_of_ones, groups[0])
+        ranks.endpoints[0].close(5.0)
+        with pytest.raises(LinkClosed, match="closed"):
+            waiting.result(LIMIT_S)
+
+
+@pytest.mark.parametrize("meta", [b"", b"12345678", b"x" * 19])
+def test_a_malformed_frame_closes_the_link_with_an_error_that_says_so(tmp_path: Path, meta: bytes) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups()
+        identity = groups[0].communicator.identity.to_bytes(8, "little")
+        ranks.endpoints[1]._links.send(WorkerId(0), 1, identity + meta)
+        endpoint = ranks.endpoints[0]
+        endpoint.drive(lambda: bool(ranks.closed), time.monotonic() + LIMIT_S, "the report")
+        assert isinstance(ranks.closed[0].error, ProtocolError) and "malformed" in ranks.closed[0].reason
+
+
+def test_a_lost_peer_is_reported_to_who_waits(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups()
+        ranks.on_all(lambda rank: sum_of_ones(groups[rank]))
+        operation = groups[0].all_reduce(torch.ones(3))
+        ranks.endpoints[1].close(5.0)
+        endpoint = ranks.endpoints[0]
+        endpoint.drive(lambda: bool(ranks.closed), time.monotonic() + LIMIT_S, "the report")
+        assert isinstance(ranks.closed[0].error, PeerError)
+        endpoint.edit(groups[0].communicator, 1, (WorkerId(1),))
+        with pytest.raises(EpochChanged):
+            endpoint.wait(operation)
+        endpoint.acknowledge(groups[0].communicator, time.monotonic() + LIMIT_S)
+        assert sum_of_ones(groups[0]) == 1.0
