@@ -31,7 +31,7 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerBeat:
-    """Sign of life of the controller; nothing hangs on it (design section 6: its loss stops no worker)."""
+    """Sign of life of the controller; nothing hangs on it: its loss stops no worker."""
 
     sequence: int
 

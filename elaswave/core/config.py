@@ -44,7 +44,7 @@ class ControllerConfig:
     """Whether step 0 is a legal start; False when a durable checkpoint exists that a job must not ignore."""
 
     suspect_grace_s: float = 10.0
-    """Seconds for which a suspected worker may stay silent before it is fenced (design section 6)."""
+    """Seconds for which a suspected worker may stay silent before it is fenced."""
 
     start_limit_s: float = 300.0
     """Seconds from the first agent to the first step within which all workers have to be ready."""

@@ -1,4 +1,4 @@
-"""The controller as one pure state machine: events in, effects out (design sections 6 and 9; protocol rules 5 to 7)."""
+"""The controller as one pure state machine: events in, effects out: docs/protocol.md."""
 
 from elaswave.core.config import ControllerConfig
 from elaswave.core.control.events_of_job import JobEvents

@@ -1,4 +1,4 @@
-"""Identifiers of the data model (design section 4), one distinct type each."""
+"""Identifiers of the data model, one distinct type each."""
 
 from typing import NewType
 

@@ -1,4 +1,4 @@
-"""Keys of random generators: a hash of what is run, never of who runs it or when (design section 3).
+"""Keys of random generators: a hash of what is run, never of who runs it or when.
 
 Keys are 64-bit. A CPU generator (Mersenne twister) uses only the low 32 bits of its seed, so among about 77,000 keys
 two are expected to start the same stream there; CUDA's generator uses all 64 bits. Streams that start alike are

@@ -1,4 +1,4 @@
-"""How contributions of micro-batches are added up (design section 3).
+"""How contributions of micro-batches are added up: docs/numerics.md.
 
 exact64: a contribution is rounded to multiples of the quantum q = 2^e and added in float64. Sums of multiples of q are
 exact while they stay within 2^53 q, hence any order and grouping gives the same bits. To stay within, an element of a

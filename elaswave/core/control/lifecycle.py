@@ -1,4 +1,4 @@
-"""Agents and workers: start, readiness, loss, suspicion, return (design section 6.1, 6.2)."""
+"""Agents and workers: start, readiness, loss, suspicion, return."""
 
 from elaswave.core.control.advance import AdvanceControl
 from elaswave.core.events import (
