@@ -236,7 +236,9 @@ class Communicator:
             if awaited is None or member is None
             else f"rank {awaited.rank} (worker {member})"
         )
-        self._fail(current, DeadlineExceeded(f"{current.name} of {self.name} waited for {whom} until its deadline"))
+        self._fail(
+            current, DeadlineExceeded(f"{current.name} of {self.name}: its timeout ended while it waited for {whom}")
+        )
 
     def earliest_deadline(self) -> float | None:
         """When something has to be expired."""

@@ -273,7 +273,7 @@ class Endpoint:
         if self._failure is not None:
             raise self._failure
         if time.monotonic() >= deadline:
-            raise DeadlineExceeded(f"waited for {what} until its deadline")
+            raise DeadlineExceeded(f"the timeout ended while {what} was awaited")
 
     def _turn(self, deadline: float) -> None:
         """Wait for something and handle it. The driving lock is held."""
