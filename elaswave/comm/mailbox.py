@@ -73,7 +73,8 @@ class Mailbox:
         expected = like.numel() * like.element_size()
         if payload.numel() != expected:
             raise ProtocolError(f"worker {member} sent {payload.numel()} bytes; this receive expects {expected}")
-        like.copy_(payload.view(like.dtype))
+        if expected:  # a tensor without elements has no stride that could be viewed as another dtype
+            like.copy_(payload.view(like.dtype))
         return self._communicator.members.index(member)
 
     def give_up(self, awaited: Awaited) -> None:

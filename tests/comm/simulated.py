@@ -1,4 +1,4 @@
-"""Communicators of several ranks in one process: a random walk decides what arrives when, who dies and who hears of it."""
+"""Communicators of several ranks in one process: a random walk decides what arrives when, who dies, who hears of it."""
 
 import random
 from collections import deque
