@@ -134,11 +134,12 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def _all_reduce(self, tensors: Tensors, opts: object) -> dist.Work:
         operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-        combine = combine_of(operator)
-        size = self.size()
-        return self._works(
-            [self._group.all_reduce(t, combine, average_over(operator, t, size)) for t in tensors], tensors, opts
-        )
+        combines, size = [combine_of(operator, tensor.dtype) for tensor in tensors], self.size()
+        operations = [
+            self._group.all_reduce(tensor, combine, average_over(operator, tensor, size))
+            for tensor, combine in zip(tensors, combines, strict=True)
+        ]
+        return self._works(operations, tensors, opts)
 
     def broadcast(self, tensors: Tensors, opts: "dist.BroadcastOptions | None" = None) -> dist.Work:
         root = 0 if opts is None else opts.rootRank
@@ -147,12 +148,16 @@ class ElasticProcessGroup(dist.ProcessGroup):
     def reduce(self, tensors: Tensors, opts: "dist.ReduceOptions | None" = None) -> dist.Work:
         operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
         root = 0 if opts is None else opts.rootRank
-        combine, size, mine = combine_of(operator), self.size(), self.rank() == root
-        return self._works(
-            [self._group.reduce(t, root, combine, average_over(operator, t, size) if mine else None) for t in tensors],
-            tensors,
-            opts,
+        combines, size, mine = (
+            [combine_of(operator, tensor.dtype) for tensor in tensors],
+            self.size(),
+            self.rank() == root,
         )
+        operations = [
+            self._group.reduce(tensor, root, combine, average_over(operator, tensor, size) if mine else None)
+            for tensor, combine in zip(tensors, combines, strict=True)
+        ]
+        return self._works(operations, tensors, opts)
 
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: object = None) -> dist.Work:
         operations = [self._group.all_gather(outs, given) for outs, given in zip(outputs, inputs, strict=True)]
@@ -179,10 +184,10 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: object = None) -> dist.Work:
         operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-        combine, size = combine_of(operator), self.size()
+        combines, size = [combine_of(operator, out.dtype) for out in outputs], self.size()
         operations = [
             self._group.reduce_scatter(out, given, combine, average_over(operator, out, size))
-            for out, given in zip(outputs, inputs, strict=True)
+            for out, given, combine in zip(outputs, inputs, combines, strict=True)
         ]
         return self._works(operations, outputs, opts)
 
