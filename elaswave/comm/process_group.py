@@ -12,7 +12,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.group import Group, flat_of
@@ -268,6 +269,20 @@ class ElasticProcessGroup(dist.ProcessGroup):
         if getattr(opts, "asyncOp", False):
             self._group.endpoint.attend()
         return work
+
+
+def forget_step(model: nn.Module) -> None:
+    """Forget what a step that was broken off has left in `model`, so that it can be repeated. On all ranks alike.
+
+    All gradients are dropped, those accumulated under `no_sync` too. DDP's reducer keeps the number of ranks by which it
+    divides, and the order in which it has seen gradients come, until a backward pass ends, and the broken one never did:
+    without this the next mean would be over the old ranks, and after a loss in the first step DDP would refuse to go on.
+    Buffers (batch norm's statistics) and random numbers stay as the broken step left them.
+    """
+    for parameter in model.parameters():
+        parameter.grad = None
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._reset_state()
 
 
 def flat_view(tensor: Tensor) -> Tensor:
