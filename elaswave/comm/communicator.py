@@ -23,6 +23,9 @@ EPOCHS_AHEAD = 1024
 Transmit = Callable[[WorkerId, "Communicator", int, Tensor], None]
 """Sends a flat tensor to a member as part of the operation of this number."""
 
+Missed = Callable[[WorkerId], None]
+"""Told of a member that has left in order while more of it is awaited."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditReport:
@@ -49,6 +52,7 @@ class Communicator:
         members: Sequence[WorkerId],
         transmit: Transmit,
         agree_s: float,
+        missed: Missed | None = None,
     ) -> None:
         """identity: the same on all members, different for other communicators. agree_s: limit of an agreement."""
         self.name = name
@@ -60,6 +64,8 @@ class Communicator:
         self.agreed = True
         self.stale_frames = 0
         self._transmit = transmit
+        self._missed = missed
+        self._departed: set[WorkerId] = set()
         self._agree_s = agree_s
         self._queue: deque[Operation] = deque()
         self._agreement: Operation | None = None
@@ -163,12 +169,30 @@ class Communicator:
                         payload = self._take(operation.number, command)
                         if payload is None:
                             operation.awaited = command
+                            self._check_departed(operation)
                             return
                         command = operation.collective.send(payload)
         except StopIteration:
             self._succeed(operation)
         except ElasWaveError as error:
             self._fail(operation, error)
+
+    def depart(self, member: WorkerId) -> None:
+        """It has left in order, and all that it had sent is here: it is missed only where more of it is awaited.
+
+        It may have what the operation under way gives, and this rank may yet get that from others.
+        """
+        self._departed.add(member)
+        current = self._current()
+        if current is not None:
+            self._check_departed(current)
+
+    def _check_departed(self, operation: Operation) -> None:
+        if operation.awaited is None or self._missed is None:
+            return
+        member = self.members[operation.awaited.rank]
+        if member in self._departed:
+            self._missed(member)
 
     def _succeed(self, operation: Operation) -> None:
         if operation.number == AGREEMENT:

@@ -76,6 +76,7 @@ class Endpoint:
         self._communicators: dict[int, Communicator] = {}
         self._mailboxes: dict[int, Mailbox] = {}
         self._late: list[Received] = []
+        self._departed: set[WorkerId] = set()
         self._state = threading.RLock()  # guards the communicators
         self._driving = threading.Lock()  # held by who waits on the inbox
         self._changed = threading.Condition()
@@ -102,6 +103,18 @@ class Endpoint:
     def forget(self, peer: WorkerId) -> None:
         """Close the links with a peer without a report."""
         self._links.forget(peer)
+
+    def depart(self, peer: WorkerId) -> None:
+        """It has left in order. `on_lost` is called once something is awaited of it that has not come."""
+        with self._state:
+            self._departed.add(peer)
+            for identity, communicator in self._communicators.items():
+                communicator.depart(peer)
+                if self._mailboxes[identity].misses(self._departed):
+                    self._missed(peer)
+
+    def _missed(self, peer: WorkerId) -> None:
+        self._inbox.put(PeerClosed(peer=peer, error=LinkClosed(f"worker {peer} left while it was still needed")))
 
     def close(self, deadline_s: float) -> None:
         """End links and thread; whoever waits gets LinkClosed."""
@@ -132,10 +145,18 @@ class Endpoint:
             if identity in self._communicators:
                 raise ConfigError(f"there is a communicator {name!r} already: give each a name of its own")
             found = Communicator(
-                name, identity, me=self.me, members=members, transmit=self._transmit, agree_s=self._options.agree_s
+                name,
+                identity,
+                me=self.me,
+                members=members,
+                transmit=self._transmit,
+                agree_s=self._options.agree_s,
+                missed=self._missed,
             )
             self._communicators[identity] = found
             self._mailboxes[identity] = Mailbox(found)
+            for peer in self._departed:
+                found.depart(peer)
             late, self._late = self._late, []
             for frame in late:
                 self._take_frame(frame)
@@ -209,7 +230,11 @@ class Endpoint:
     def expect(self, communicator: Communicator, rank: int | None, tag: int) -> Awaited:
         """Begin to wait for a message from a rank (None: any)."""
         with self._state:
-            return self._mailboxes[communicator.identity].expect(rank, tag)
+            mailbox = self._mailboxes[communicator.identity]
+            awaited = mailbox.expect(rank, tag)
+            for peer in mailbox.misses(self._departed):
+                self._missed(peer)
+        return awaited
 
     def is_here(self, communicator: Communicator, awaited: Awaited) -> bool:
         """Whether `receive` would return, or raise, at once."""

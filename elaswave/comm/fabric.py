@@ -129,10 +129,9 @@ class Fabric:
             self._remove(gone)
 
     def _peer_lost(self, closed: PeerClosed) -> None:
-        with self._lock:
-            waiting = any(closed.peer in found.members and not found.idle for found in self._origins)
-        if closed.orderly and not waiting:
+        if closed.orderly:
             self._departed.add(closed.peer)
+            self.endpoint.depart(closed.peer)
         else:
             self._remove({closed.peer})
 
@@ -142,7 +141,7 @@ class Fabric:
             if not peers - known or not self._origins:
                 return
             try:
-                roster = remove(self._store, self._roster, peers)
+                roster = remove(self._store, self._roster, peers, by=self.me)
             except RuntimeError as error:  # torch's stores raise subclasses of it when their process is gone
                 raise LinkClosed(f"the store of the process group is gone: {error}") from error
             self._adopt(roster)

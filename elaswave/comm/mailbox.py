@@ -55,6 +55,17 @@ class Mailbox:
                     awaited.payload = (member, found.popleft())
                     break
 
+    def misses(self, departed: set[WorkerId]) -> set[WorkerId]:
+        """Those of `departed` without whom some receive cannot end: no message of theirs is here, and none will come."""
+        missed: set[WorkerId] = set()
+        for awaited in self._awaited:
+            if not self.ready(awaited):
+                communicator = self._communicator
+                others = set(communicator.members) - {communicator.me}
+                senders = others if awaited.member is None else {awaited.member}
+                missed |= senders if senders <= departed else set()
+        return missed
+
     def edited(self) -> None:
         """The communicator has a new epoch."""
         epoch = self._communicator.epoch

@@ -260,7 +260,6 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def _receive(self, tensors: Tensors, source: int | None, tag: int) -> dist.Work:
         (tensor,) = tensors
-        self._fabric.check_departed(self._group.communicator)
         return ReceiveWork(self._group, source, tag, tensor)
 
     def _works(self, operations: list[Operation], tensors: Tensors, opts: object) -> dist.Work:

@@ -518,3 +518,52 @@ def trains_on(place: Place) -> object:
         trainer.check(history)
         dist.barrier()
     return history
+
+
+# ---------------------------------------------------------------------- leaving
+
+
+@job
+def leave_at_once(place: Place) -> object:
+    """Rank 1 has what the barrier gives and is gone before rank 0, the root, tells ranks 2 and 3."""
+    rank, size = place.rank, place.size
+    store = dist.FileStore(str(place.folder / "left"), size)
+    with joined(place) as group:
+        dist.all_to_all_single(torch.empty(size), torch.ones(size))  # everybody has links with everybody
+        communicator = group._group.communicator
+        transmit = communicator._transmit
+
+        def late(member: WorkerId, *frame: Any) -> None:
+            if member == 2:
+                store.wait(["left"], timedelta(seconds=LIMIT_S))
+            transmit(member, *frame)
+
+        if rank == 0:
+            communicator._transmit = late
+        dist.barrier()
+    if rank == 1:
+        store.set("left", "1")
+    return True
+
+
+@job
+def take_what_was_sent(place: Place) -> object:
+    """Ranks send a message and are gone before rank 0 takes it; what was not sent is not waited for."""
+    rank, size = place.rank, place.size
+    store = dist.FileStore(str(place.folder / "left"), size)
+    with joined(place) as group:
+        if rank:
+            dist.send(torch.full((3,), float(rank)), 0)
+        else:
+            store.wait([f"left{other}" for other in range(1, size)], timedelta(seconds=LIMIT_S))
+            last = torch.empty(3)
+            dist.recv(last, size - 1)
+            assert last[0] == size - 1
+            assert {dist.recv(torch.empty(3)) for _ in range(size - 2)} == set(range(1, size - 1))
+            with raises(EpochChanged):
+                dist.recv(torch.empty(3), 1)
+            group.reconfigure()
+            assert dist.get_world_size() == 1
+    if rank:
+        store.set(f"left{rank}", "1")
+    return True

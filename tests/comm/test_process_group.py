@@ -71,6 +71,8 @@ def nursery() -> Iterator[Nursery]:
         "move_everything",
         "uneven_and_objects",
         "messages",
+        "leave_at_once",
+        "take_what_was_sent",
         "groups_and_functional_collectives",
         "fsdp2_and_checkpoint",
     ],
