@@ -62,6 +62,8 @@ class Communicator:
         self.epoch = 0
         self.broken = False
         self.agreed = True
+        self.failure: ElasWaveError | None = None
+        """Why operations fail until the next edit, other than by one: members may be at different operations."""
         self.stale_frames = 0
         self._transmit = transmit
         self._missed = missed
@@ -97,6 +99,9 @@ class Communicator:
 
     def submit(self, operation: Operation) -> None:
         """Queue it; where the communicator is broken it fails, once the members have agreed that it does."""
+        if self.failure is not None:
+            self._end(operation, self.failure)
+            return
         if self.broken and self.agreed:
             self._end(operation, self._changed())
             return
@@ -175,7 +180,7 @@ class Communicator:
         except StopIteration:
             self._succeed(operation)
         except ElasWaveError as error:
-            self._fail(operation, error)
+            self.fail(error)
 
     def depart(self, member: WorkerId) -> None:
         """It has left in order, and all that it had sent is here: it is missed only where more of it is awaited.
@@ -208,12 +213,14 @@ class Communicator:
         self._kept = operation.result.clone() if operation.keep and operation.result is not None else None
         self._end(operation, None)
 
-    def _fail(self, operation: Operation, error: ElasWaveError) -> None:
-        """One that cannot go on for another reason than an edit: so cannot those behind it, until the next edit."""
-        if operation is self._agreement:
-            self._agreement = None
-            self._end(operation, error)
+    def fail(self, error: ElasWaveError) -> None:
+        """What is under way cannot go on for another reason than an edit: nor can what follows, until the next edit."""
+        if self._agreement is not None:
+            agreement, self._agreement = self._agreement, None
+            self._end(agreement, error)
         self.broken = True
+        self.agreed = False
+        self.failure = error
         for waiting in self._queue:
             self._end(waiting, error)
         self._queue.clear()
@@ -236,12 +243,8 @@ class Communicator:
             return
         awaited = current.awaited
         member = None if awaited is None else self.members[awaited.rank]
-        whom = (
-            "the agreement on a new epoch"
-            if awaited is None or member is None
-            else f"rank {awaited.rank} (worker {member})"
-        )
-        self._fail(current, DeadlineExceeded(f"{current.name} of {self.name} waited for {whom} until its deadline"))
+        whom = "an edit" if awaited is None else f"rank {awaited.rank} (worker {member})"
+        self.fail(DeadlineExceeded(f"{current.name} of {self.name} waited for {whom} until its deadline"))
 
     def earliest_deadline(self) -> float | None:
         """When something has to be expired."""
@@ -265,6 +268,7 @@ class Communicator:
         self.epoch = epoch
         self.broken = True
         self.agreed = False
+        self.failure = None
         self._arrived = {key: found for key, found in self._arrived.items() if key[0] >= epoch}
         if self._agreement is not None:
             superseded, self._agreement = self._agreement, None
@@ -316,6 +320,11 @@ class Communicator:
         for operation in self._queue:
             self._end(operation, self._changed())
         self._queue.clear()
+
+    def check(self) -> None:
+        """Raise why operations fail now, if they do: ranks may stand for others than the user knows of."""
+        if self.broken:
+            raise self.failure or self._changed()
 
     def acknowledge(self) -> None:
         """The user knows of the edit: operations work again. Raises EpochChanged where this process was removed."""

@@ -13,14 +13,13 @@ from shutil import rmtree
 from typing import Protocol
 
 from elaswave.comm.communicator import Communicator
-from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
 from elaswave.core.ids import WorkerId
-from elaswave.errors import LinkClosed
+from elaswave.errors import ElasWaveError, LinkClosed
 
 CLOSE_S = 5.0
-RECONFIGURE_S = 60.0
 TOKEN_BYTES = 32
 HOST_VARIABLE = "ELASWAVE_HOST"
 """Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
@@ -46,11 +45,13 @@ class Fabric:
         self._lock = threading.RLock()
         self._roster: Roster = FIRST
         self._departed: set[WorkerId] = set()
+        self._timeout_s = timeout.total_seconds()
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="elaswave-"))
         try:
             token = self._token(rank)
-            self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed)
+            options = EndpointOptions(agree_s=self._timeout_s)
+            self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed, options=options)
             self._meet(rank, size, timeout)
         except BaseException:
             rmtree(self._folder, ignore_errors=True)
@@ -108,12 +109,18 @@ class Fabric:
         """Some communicator here has lost a member and was not taken up again."""
         return any(found.broken for found in tuple(self._origins))
 
+    @property
+    def failure(self) -> ElasWaveError | None:
+        """What some communicator here has failed with, if not with a loss."""
+        return next((found.failure for found in tuple(self._origins) if found.failure is not None), None)
+
     def reconfigure(self) -> None:
         """Wait until the members of every broken communicator have agreed on what has succeeded, and take it up again.
 
-        Raises EpochChanged where this process was removed itself, DeadlineExceeded where the agreement takes too long.
+        After another failure than a loss it waits for a loss. Raises EpochChanged where this process was removed itself,
+        DeadlineExceeded where it takes longer than the timeout of the first process group.
         """
-        deadline = time.monotonic() + RECONFIGURE_S
+        deadline = time.monotonic() + self._timeout_s
         for communicator in tuple(self._origins):
             if communicator.broken:
                 self.endpoint.acknowledge(communicator, deadline)

@@ -21,7 +21,7 @@ from elaswave.comm.operation import Operation
 from elaswave.comm.operators import average_over, combine_of
 from elaswave.comm.works import DoneWork, OperationWork, ReceiveWork
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ConfigError, EpochChanged
+from elaswave.errors import ConfigError, ElasWaveError, EpochChanged
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import _DistributedBackendOptions
@@ -107,7 +107,8 @@ class ElasticProcessGroup(dist.ProcessGroup):
     def reconfigure(self, options: object = None) -> None:
         """After EpochChanged: all groups of this process work on with their survivors, whose ranks are new.
 
-        Name and place of torch 2.14's method. Raises EpochChanged where this process was taken for lost itself.
+        Name and place of torch 2.14's method. After DeadlineExceeded it waits until whoever is stuck was killed. Raises
+        EpochChanged where this process was taken for lost itself, DeadlineExceeded after the timeout of the first group.
         """
         del options
         self._fabric.reconfigure()
@@ -115,12 +116,17 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Raise EpochChanged where torch's C++ code has made another exception of it, as DDP's backward pass does."""
+        """Raise EpochChanged where torch's C++ code has made another exception of it, as DDP's backward pass does.
+
+        The same for what else operations fail with, such as DeadlineExceeded.
+        """
         try:
             yield
-        except EpochChanged:
+        except ElasWaveError:
             raise
         except Exception as error:
+            if self._fabric.failure is not None:
+                raise self._fabric.failure from error
             if not self._fabric.broken:
                 raise
             raise EpochChanged("a member was lost: call reconfigure() and repeat the step") from error

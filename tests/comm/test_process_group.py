@@ -118,3 +118,18 @@ def test_losses_down_to_a_single_rank(nursery: Nursery, tmp_path: Path) -> None:
     losses = [(0, 1, 2), (3, 2, 5), (1, 3, 3)]
     found = nursery.run("trains_on", 4, tmp_path, killed=(0, 1, 3), trainer="ddp", losses=losses)
     check_history(found, 4, {0: 1, 3: 2, 1: 3})
+
+
+@pytest.mark.parametrize("call", ["all_reduce", "recv", "ddp"])
+def test_a_stopped_rank_is_named_within_the_timeout(nursery: Nursery, tmp_path: Path, call: str) -> None:
+    said = nursery.run("stopped", 4, tmp_path, killed=(2,), call=call)
+    assert "rank 2 (worker 2)" in str(said[3]), said  # rank 3 waits for it; in a collective others wait for each other
+
+
+def test_a_rank_stopped_while_the_others_reconfigure(nursery: Nursery, tmp_path: Path) -> None:
+    said = nursery.run("stopped_while_agreeing", 4, tmp_path, killed=(1, 3))
+    assert any("(worker 3)" in str(text) for text in said.values()), said
+
+
+def test_without_its_store_a_loss_ends_the_job(nursery: Nursery, tmp_path: Path) -> None:
+    nursery.run("lose_the_store", 4, tmp_path, killed=(1, 3))
