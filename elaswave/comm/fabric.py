@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -17,9 +18,12 @@ from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ElasWaveError, LinkClosed
+from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed
 
 CLOSE_S = 5.0
+LOOK_S = 0.005
+"""How often those who make a group look whether all have come: a store cannot be awaited together with links."""
+DECISION_KEY = "elaswave/decision"
 TOKEN_BYTES = 32
 HOST_VARIABLE = "ELASWAVE_HOST"
 """Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
@@ -33,6 +37,8 @@ class RendezvousStore(Store, Protocol):
     def set(self, key: str, value: str, /) -> None: ...
 
     def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
 
 
 class Fabric:
@@ -74,6 +80,30 @@ class Fabric:
             host, unix, tcp = self._store.get(key).decode().split(" ")
             addresses[WorkerId(peer)] = unix if host == _host() else tcp
         self.endpoint.connect(addresses)
+
+    def gather(self, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> list[WorkerId]:
+        """Members of a new group, by rank; all call it with a store of the group's own.
+
+        Raises EpochChanged on all of them where a loss keeps one of them away: a member that waited for it here would
+        hear of nothing.
+        """
+        store.set(f"elaswave/member/{rank}", str(self.me))
+        keys = [f"elaswave/member/{index}" for index in range(size)]
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not store.check(keys):
+            if self.broken:
+                store.compare_set(DECISION_KEY, "", "broken")
+                break
+            now = time.monotonic()
+            if now > deadline:
+                missing = [index for index, key in enumerate(keys) if not store.check([key])]
+                raise DeadlineExceeded(f"ranks {missing} of a new group have not come in {timeout.total_seconds()} s")
+            with suppress(DeadlineExceeded):
+                self.endpoint.drive(lambda: self.broken, now + LOOK_S, "news of a lost member")
+        # Whoever decides first decides for all, so that nobody has a group of which another has not heard.
+        if store.compare_set(DECISION_KEY, "", "made") != b"made":
+            raise EpochChanged("a member was lost while a group was made: call reconfigure() and make it again")
+        return [WorkerId(int(store.get(key))) for key in keys]
 
     def communicator(self, name: str, members: Sequence[WorkerId]) -> Communicator:
         """A new one of these workers, without those that are gone by now."""
@@ -124,10 +154,6 @@ class Fabric:
         for communicator in tuple(self._origins):
             if communicator.broken:
                 self.endpoint.acknowledge(communicator, deadline)
-
-    def await_loss(self, deadline: float) -> None:
-        """Wait until some communicator is broken."""
-        self.endpoint.drive(lambda: self.broken, deadline, "news of a lost member")
 
     def check_departed(self, communicator: Communicator) -> None:
         """A peer that has left in order is lost to who still wants something of it."""

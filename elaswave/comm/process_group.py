@@ -328,8 +328,7 @@ def _create(options: "_DistributedBackendOptions", backend_options: object) -> E
         fabric = ElasticProcessGroup.fabric = Fabric(options.store, rank, size, options.timeout)
         members = [WorkerId(index) for index in range(size)]
     else:
-        options.store.set(f"elaswave/member/{rank}", str(fabric.me))
-        members = [WorkerId(int(options.store.get(f"elaswave/member/{index}"))) for index in range(size)]
+        members = fabric.gather(options.store, rank, size, options.timeout)
     communicator = fabric.communicator(options.group_id or "default", members)
     return ElasticProcessGroup(
         Group(fabric.endpoint, communicator, options.timeout.total_seconds()), fabric, options.group_id

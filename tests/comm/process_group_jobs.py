@@ -29,13 +29,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from elaswave.comm.communicator import Communicator
+from elaswave.comm.communicator import AGREEMENT, Communicator
 from elaswave.comm.process_group import ElasticProcessGroup, forget_step
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, DeadlineExceeded, EpochChanged, LinkClosed
 
 LIMIT_S = 20.0
 """Of one operation; far beyond what anything here takes."""
+
+IN_AGREEMENT = -1
+"""Frames after which a rank dies: just before it says anything about another rank's loss."""
 
 STEPS = 5
 WIDTH = 96  # 9216 weights of float64 go round a ring
@@ -83,7 +86,7 @@ def die_after(group: ElasticProcessGroup, frames: int) -> None:
 
     def counted(member: WorkerId, found: Communicator, number: int, tensor: Tensor) -> None:
         nonlocal sent
-        if sent == frames:
+        if sent == frames or (frames == IN_AGREEMENT and number == AGREEMENT):
             die()
         transmit(member, found, number, tensor)
         sent += 1
@@ -588,6 +591,25 @@ def fails_at(deadline_s: float, call: Callable[[], object]) -> str:
         call()
     assert deadline_s * 0.9 < time.monotonic() - start < deadline_s + 2.0
     return str(caught.value)
+
+
+@job
+def lose_a_rank_before_a_new_group(place: Place) -> object:
+    with joined(place) as group:
+        dist.barrier()
+        if place.rank == 3:
+            die()
+        start = time.monotonic()
+        with raises(EpochChanged), group.guard():
+            dist.new_group([0, 1, 2, 3])
+        group.reconfigure()
+        assert time.monotonic() - start < LIMIT_S / 2
+        mine = dist.new_group([0, 1, 2])
+        tensor = torch.full((3,), float(place.rank))
+        dist.all_reduce(tensor, group=mine)
+        assert tensor[0] == 3.0
+        dist.barrier()
+    return True
 
 
 @job

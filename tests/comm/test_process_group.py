@@ -120,6 +120,17 @@ def test_losses_down_to_a_single_rank(nursery: Nursery, tmp_path: Path) -> None:
     check_history(found, 4, {0: 1, 3: 2, 1: 3})
 
 
+@pytest.mark.parametrize("second", [0, 1])
+def test_a_rank_lost_while_the_others_reconfigure(nursery: Nursery, tmp_path: Path, second: int) -> None:
+    losses = [(2, 1, 6), (second, 1, -1)]
+    found = nursery.run("trains_on", 4, tmp_path, killed=(2, second), trainer="ddp", losses=losses)
+    check_history(found, 4, {2: 1, second: 1})
+
+
+def test_a_rank_lost_before_a_new_group(nursery: Nursery, tmp_path: Path) -> None:
+    nursery.run("lose_a_rank_before_a_new_group", 4, tmp_path, killed=(3,))
+
+
 @pytest.mark.parametrize("call", ["all_reduce", "recv", "ddp"])
 def test_a_stopped_rank_is_named_within_the_timeout(nursery: Nursery, tmp_path: Path, call: str) -> None:
     said = nursery.run("stopped", 4, tmp_path, killed=(2,), call=call)
