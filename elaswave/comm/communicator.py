@@ -114,7 +114,8 @@ class Communicator:
     def receive(self, peer: WorkerId, epoch: int, number: int, payload: Tensor) -> None:
         """A frame of an operation. Of an older epoch it is dropped, of a newer one it waits for the edit.
 
-        Raises ProtocolError for what no member can have sent.
+        Raises ProtocolError for what no member can have sent. Of a length that the operation here does not expect, it is
+        the user's error: the operation fails with it, and nobody is taken for lost.
         """
         if epoch < self.epoch:
             self.stale_frames += 1
@@ -126,7 +127,10 @@ class Communicator:
             return
         current = self._current()
         if current is not None and current.number == number:
-            self._resume(current)
+            try:
+                self._resume(current)
+            except ProtocolError as error:
+                self.fail(error)
 
     def _current(self) -> Operation | None:
         if self._agreement is not None:

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elaswave.comm.communicator import AGREEMENT, Communicator
 from elaswave.comm.process_group import ElasticProcessGroup, forget_step
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ConfigError, DeadlineExceeded, EpochChanged, LinkClosed
+from elaswave.errors import ConfigError, DeadlineExceeded, EpochChanged, LinkClosed, ProtocolError
 
 LIMIT_S = 20.0
 """Of one operation; far beyond what anything here takes."""
@@ -591,6 +591,21 @@ def fails_at(deadline_s: float, call: Callable[[], object]) -> str:
         call()
     assert deadline_s * 0.9 < time.monotonic() - start < deadline_s + 2.0
     return str(caught.value)
+
+
+@job
+def differ_in_shape(place: Place) -> object:
+    """The user's error is told to the user, and no rank is taken for lost because of it."""
+    store = dist.FileStore(str(place.folder / "failed"), place.size)
+    with joined(place, 1.0) as group:
+        dist.barrier()
+        # rank 0, the root, gets too much of rank 1; the others wait for rank 0
+        with raises((ProtocolError, DeadlineExceeded)) as caught:
+            dist.all_reduce(torch.ones(4 if place.rank == 1 else 3))
+        assert group.epoch == 0
+        store.set(f"failed{place.rank}", "1")
+        store.wait([f"failed{rank}" for rank in range(place.size)], timedelta(seconds=LIMIT_S))
+        return str(caught.value)
 
 
 @job

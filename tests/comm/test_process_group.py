@@ -127,6 +127,11 @@ def test_a_rank_lost_while_the_others_reconfigure(nursery: Nursery, tmp_path: Pa
     check_history(found, 4, {2: 1, second: 1})
 
 
+def test_ranks_that_differ_in_shape(nursery: Nursery, tmp_path: Path) -> None:
+    said = nursery.run("differ_in_shape", 4, tmp_path)
+    assert "worker 1 sent 16 bytes" in str(said[0]) and "expects 12" in str(said[0]), said
+
+
 def test_a_rank_lost_before_a_new_group(nursery: Nursery, tmp_path: Path) -> None:
     nursery.run("lose_a_rank_before_a_new_group", 4, tmp_path, killed=(3,))
 
