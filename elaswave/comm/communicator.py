@@ -26,6 +26,9 @@ NOTHING_MISSED = 1 << 40
 Transmit = Callable[[WorkerId, "Communicator", int, Tensor], None]
 """Sends a flat tensor to a member as part of the operation of this number."""
 
+Missed = Callable[[WorkerId], None]
+"""Told of a member that has left in order while more of it is awaited."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditReport:
@@ -52,6 +55,7 @@ class Communicator:
         members: Sequence[WorkerId],
         transmit: Transmit,
         agree_s: float,
+        missed: Missed | None = None,
     ) -> None:
         """identity: the same on all members, different for other communicators. agree_s: seconds for an agreement."""
         self.name = name
@@ -61,8 +65,12 @@ class Communicator:
         self.epoch = 0
         self.broken = False
         self.agreed = True
+        self.failure: ElasWaveError | None = None
+        """Why operations fail until the next edit, other than by one: members may be at different operations."""
         self.stale_frames = 0
         self._transmit = transmit
+        self._missed = missed
+        self._departed: set[WorkerId] = set()
         self._agree_s = agree_s
         self._queue: deque[Operation] = deque()
         self._agreement: Operation | None = None
@@ -95,6 +103,9 @@ class Communicator:
 
     def submit(self, operation: Operation) -> None:
         """Queue it; where the communicator is broken it fails, once the members have agreed that it does."""
+        if self.failure is not None:
+            self._end(operation, self.failure)
+            return
         if self.broken and self.agreed:
             self._end(operation, self._changed())
             return
@@ -107,7 +118,8 @@ class Communicator:
     def receive(self, peer: WorkerId, epoch: int, number: int, payload: Tensor) -> None:
         """A frame of an operation. Of an older epoch it is dropped, of a newer one it waits for the edit.
 
-        Raises ProtocolError for what no member can have sent.
+        Raises ProtocolError for what no member can have sent. Of a length that is not expected here, it is
+        the user's error: the operation fails with it, and nobody is taken for lost.
         """
         if epoch < self.epoch:
             self.stale_frames += 1
@@ -119,7 +131,10 @@ class Communicator:
             return
         current = self._current()
         if current is not None and current.number == number:
-            self._resume(current)
+            try:
+                self._resume(current)
+            except ProtocolError as error:
+                self.fail(error)
 
     def _current(self) -> Operation | None:
         if self._agreement is not None:
@@ -179,15 +194,34 @@ class Communicator:
                         answer = self._take(operation.number, command)
                         if answer is None:
                             operation.awaited = command
+                            self._check_departed(operation)
                             return
                     case Await():
                         if not command.is_ready():
                             operation.awaited = command
+                            self._check_departed(operation)
                             return
         except StopIteration:
             self._succeed(operation)
         except ElasWaveError as error:
-            self._fail(operation, error)
+            self.fail(error)
+
+    def depart(self, member: WorkerId) -> None:
+        """It has left in order, and all that it had sent is here: it is missed only where more of it is awaited.
+
+        It may have what the operation under way gives, and this rank may yet get that from others.
+        """
+        self._departed.add(member)
+        current = self._current()
+        if current is not None:
+            self._check_departed(current)
+
+    def _check_departed(self, operation: Operation) -> None:
+        if operation.awaited is None or self._missed is None:
+            return
+        member = self.members[operation.awaited.rank]
+        if member in self._departed:
+            self._missed(member)
 
     def _succeed(self, operation: Operation) -> None:
         if operation.number == AGREEMENT:
@@ -203,12 +237,14 @@ class Communicator:
         self._kept = operation.result.clone() if operation.keep and operation.result is not None else None
         self._end(operation, None)
 
-    def _fail(self, operation: Operation, error: ElasWaveError) -> None:
-        """One that cannot go on for another reason than an edit: so cannot those behind it, until the next edit."""
-        if operation is self._agreement:
-            self._agreement = None
-            self._end(operation, error)
+    def fail(self, error: ElasWaveError) -> None:
+        """What is under way cannot go on for another reason than an edit: nor can what follows, until the next edit."""
+        if self._agreement is not None:
+            agreement, self._agreement = self._agreement, None
+            self._end(agreement, error)
         self.broken = True
+        self.agreed = False
+        self.failure = error
         for waiting in self._queue:
             self._end(waiting, error)
         self._queue.clear()
@@ -231,14 +267,8 @@ class Communicator:
             return
         awaited = current.awaited
         member = None if awaited is None else self.members[awaited.rank]
-        whom = (
-            "the agreement on a new epoch"
-            if awaited is None or member is None
-            else f"rank {awaited.rank} (worker {member})"
-        )
-        self._fail(
-            current, DeadlineExceeded(f"{current.name} of {self.name}: its timeout ended while it waited for {whom}")
-        )
+        whom = "an edit" if awaited is None else f"rank {awaited.rank} (worker {member})"
+        self.fail(DeadlineExceeded(f"{current.name} of {self.name}: its timeout ended while it waited for {whom}"))
 
     def earliest_deadline(self) -> float | None:
         """When something has to be expired."""
@@ -262,6 +292,7 @@ class Communicator:
         self.epoch = epoch
         self.broken = True
         self.agreed = False
+        self.failure = None
         self._arrived = {key: found for key, found in self._arrived.items() if key[0] >= epoch}
         if self._agreement is not None:
             superseded, self._agreement = self._agreement, None
@@ -325,6 +356,11 @@ class Communicator:
         for operation in self._queue:
             self._end(operation, self._changed())
         self._queue.clear()
+
+    def check(self) -> None:
+        """Raise why operations fail now, if they do: ranks may stand for others than the user knows of."""
+        if self.broken:
+            raise self.failure or self._changed()
 
     def acknowledge(self) -> None:
         """The user knows of the edit: operations work again. Raises EpochChanged where this process was removed."""

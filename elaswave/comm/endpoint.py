@@ -79,6 +79,7 @@ class Endpoint:
         self._communicators: dict[int, Communicator] = {}
         self._mailboxes: dict[int, Mailbox] = {}
         self._late: list[Received] = []
+        self._departed: set[WorkerId] = set()
         self._state = threading.RLock()  # guards the communicators
         self._driving = threading.Lock()  # held by who waits on the inbox
         self._changed = threading.Condition()
@@ -105,6 +106,18 @@ class Endpoint:
     def forget(self, peer: WorkerId) -> None:
         """Close the links with a peer without a report."""
         self._links.forget(peer)
+
+    def depart(self, peer: WorkerId) -> None:
+        """It has left in order. `on_lost` is called once something is awaited of it that has not come."""
+        with self._state:
+            self._departed.add(peer)
+            for identity, communicator in self._communicators.items():
+                communicator.depart(peer)
+                if self._mailboxes[identity].misses(self._departed):
+                    self._missed(peer)
+
+    def _missed(self, peer: WorkerId) -> None:
+        self._inbox.put(PeerClosed(peer=peer, error=LinkClosed(f"worker {peer} left while it was still needed")))
 
     def close(self, deadline_s: float) -> None:
         """End links and thread; whoever waits gets LinkClosed."""
@@ -138,10 +151,18 @@ class Endpoint:
             if identity in self._communicators:
                 raise ConfigError(f"there is a communicator {name!r} already: give each a name of its own")
             found = Communicator(
-                name, identity, me=self.me, members=members, transmit=self._transmit, agree_s=self._options.agree_s
+                name,
+                identity,
+                me=self.me,
+                members=members,
+                transmit=self._transmit,
+                agree_s=self._options.agree_s,
+                missed=self._missed,
             )
             self._communicators[identity] = found
             self._mailboxes[identity] = Mailbox(found)
+            for peer in self._departed:
+                found.depart(peer)
             if epoch:
                 found.join(epoch, time.monotonic())
             late, self._late = self._late, []
@@ -166,9 +187,19 @@ class Endpoint:
         return report
 
     def acknowledge(self, communicator: Communicator, deadline: float) -> None:
-        """Wait for the agreement that an edit has begun, and let operations work again."""
-        self.drive(lambda: communicator.agreed, deadline, f"the agreement of {communicator.name}")
+        """Wait for the agreement that an edit has begun, and let operations work again; raises what it fails with."""
+        before = communicator.failure  # mended by the next edit only
+        if before is not None and not isinstance(before, DeadlineExceeded):
+            raise before
+
+        def is_done() -> bool:
+            return communicator.agreed or communicator.failure not in (None, before)
+
+        what = "the agreement of" if before is None else "an edit that removes who is missing from"
+        self.drive(is_done, deadline, f"{what} {communicator.name}")
         with self._state:
+            if communicator.failure is not None:
+                raise communicator.failure
             communicator.acknowledge()
 
     # ------------------------------------------------------------------ operations
@@ -177,6 +208,10 @@ class Endpoint:
         """Start an operation; returns at once. Somebody has to wait for it, or `attend`."""
         with self._state:
             communicator.submit(operation)
+            in_memory = communicator.awaited_memory() is not None
+        if in_memory and self._driving.locked():
+            # Who drives may sleep until a message comes, and of this operation none ever does.
+            self._inbox.put(Woken())
         self._settle()
 
     def when_ended(self, operation: Operation, callback: Callback) -> None:
@@ -206,6 +241,7 @@ class Endpoint:
         """Send a flat tensor to a rank; it is copied where it has to wait."""
         meta = _MESSAGE_META.pack(communicator.identity, communicator.epoch, tag)
         with self._state:
+            communicator.check()
             member = communicator.members[rank]
             if member == self.me:
                 self._mailboxes[communicator.identity].arrived(
@@ -217,7 +253,12 @@ class Endpoint:
     def expect(self, communicator: Communicator, rank: int | None, tag: int) -> Awaited:
         """Begin to wait for a message from a rank (None: any)."""
         with self._state:
-            return self._mailboxes[communicator.identity].expect(rank, tag)
+            communicator.check()
+            mailbox = self._mailboxes[communicator.identity]
+            awaited = mailbox.expect(rank, tag)
+            for peer in mailbox.misses(self._departed):
+                self._missed(peer)
+        return awaited
 
     def is_here(self, communicator: Communicator, awaited: Awaited) -> bool:
         """Whether `receive` would return, or raise, at once."""
@@ -226,7 +267,9 @@ class Endpoint:
     def receive(self, communicator: Communicator, awaited: Awaited, like: Tensor, deadline: float) -> int:
         """Wait for the message, copy it into `like`, a flat tensor; returns the rank of its sender."""
         mailbox = self._mailboxes[communicator.identity]
-        whom = "any rank" if awaited.member is None else f"worker {awaited.member}"
+        member = awaited.member
+        known = communicator.members
+        whom = "any rank" if member not in known else f"rank {known.index(member)} (worker {member})"
         try:
             self.drive(lambda: mailbox.ready(awaited), deadline, f"a message of {whom} in {communicator.name}")
             return mailbox.take(awaited, like)
@@ -297,8 +340,12 @@ class Endpoint:
             now = time.monotonic()
             for communicator in self._communicators.values():
                 communicator.expire(now)
-        for item in items:
-            self._tell(item)
+        try:
+            for item in items:
+                self._tell(item)
+        except ElasWaveError as error:
+            self._fail_all(error)
+            raise
         self._settle()
 
     def _take(self, item: LinkItem | Woken) -> None:
@@ -315,7 +362,10 @@ class Endpoint:
         """What others have to know, without the lock."""
         match item:
             case Received(kind=kind) if kind == NOTICE:
-                self._on_notice(item.peer, item.payload.tobytes())
+                try:
+                    self._on_notice(item.peer, item.payload.tobytes())
+                except ProtocolError as error:
+                    self._malformed(item.peer, error)
             case PeerClosed():
                 self._on_lost(item)
             case ConnectionRefused():
@@ -340,8 +390,11 @@ class Endpoint:
             else:
                 raise ProtocolError(f"worker {frame.peer} sent a frame of unknown kind {frame.kind}")
         except (struct.error, ProtocolError) as error:
-            self._links.forget(frame.peer)
-            self._inbox.put(PeerClosed(peer=frame.peer, error=ProtocolError(f"malformed frame: {error}")))
+            self._malformed(frame.peer, error)
+
+    def _malformed(self, peer: WorkerId, error: Exception) -> None:
+        self._links.forget(peer)
+        self._inbox.put(PeerClosed(peer=peer, error=ProtocolError(f"malformed frame: {error}")))
 
     def _settle(self) -> None:
         """Tell whoever waits for operations that have ended."""
@@ -377,8 +430,19 @@ class Endpoint:
                 self._changed.wait_for(lambda: self._closed or (self._busy() and not self._driving.locked()))
                 if self._closed:
                     return
-            with suppress(ElasWaveError):  # whoever waits gets it too
+            try:
                 self.drive(lambda: not self._busy(), time.monotonic() + 3600.0, "operations without a waiter")
+            except DeadlineExceeded:
+                continue  # of this drive; operations have deadlines of their own
+            except ElasWaveError as error:
+                self._fail_all(error)
+
+    def _fail_all(self, error: ElasWaveError) -> None:
+        """The links failed, or who is told of losses: futures that nobody waits for must not be left hanging."""
+        with self._state:
+            for communicator in self._communicators.values():
+                communicator.fail(error)
+        self._settle()
 
     def _busy(self) -> bool:
         return any(not found.idle for found in tuple(self._communicators.values()))

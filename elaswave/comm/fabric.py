@@ -7,20 +7,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
 from typing import Protocol
 
 from elaswave.comm.communicator import Communicator
-from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
 from elaswave.core.ids import WorkerId
-from elaswave.errors import LinkClosed
+from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed
 
 CLOSE_S = 5.0
-RECONFIGURE_S = 60.0
+LOOK_S = 0.005
+"""How often those who make a group look whether all have come: a store cannot be awaited together with links."""
+DECISION_KEY = "elaswave/decision"
 TOKEN_BYTES = 32
 HOST_VARIABLE = "ELASWAVE_HOST"
 """Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
@@ -35,6 +38,8 @@ class RendezvousStore(Store, Protocol):
 
     def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
 
+    def check(self, keys: list[str], /) -> bool: ...
+
 
 class Fabric:
     """Made with the first process group, which all processes are in; its ranks name the workers from then on."""
@@ -46,12 +51,14 @@ class Fabric:
         self._lock = threading.RLock()
         self._roster: Roster = FIRST
         self._departed: set[WorkerId] = set()
+        self._timeout_s = timeout.total_seconds()
         self._neighbours: set[WorkerId] = set()  # processes of this host
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="elaswave-"))
         try:
             token = self._token(rank)
-            self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed)
+            options = EndpointOptions(agree_s=self._timeout_s)
+            self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed, options=options)
             self._meet(rank, size, timeout)
         except BaseException:
             rmtree(self._folder, ignore_errors=True)
@@ -77,6 +84,30 @@ class Fabric:
             if host == _host():
                 self._neighbours.add(WorkerId(peer))
         self.endpoint.connect(addresses)
+
+    def gather(self, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> list[WorkerId]:
+        """Members of a new group, by rank; all call it with a store of the group's own.
+
+        Raises EpochChanged on all of them where a loss keeps one of them away: a member that waited for it here would
+        hear of nothing.
+        """
+        store.set(f"elaswave/member/{rank}", str(self.me))
+        keys = [f"elaswave/member/{index}" for index in range(size)]
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not store.check(keys):
+            if self.broken:
+                store.compare_set(DECISION_KEY, "", "broken")
+                break
+            now = time.monotonic()
+            if now > deadline:
+                missing = [index for index, key in enumerate(keys) if not store.check([key])]
+                raise DeadlineExceeded(f"ranks {missing} of a new group have not come in {timeout.total_seconds()} s")
+            with suppress(DeadlineExceeded):
+                self.endpoint.drive(lambda: self.broken, now + LOOK_S, "news of a lost member")
+        # Whoever decides first decides for all, so that nobody has a group of which another has not heard.
+        if store.compare_set(DECISION_KEY, "", "made") != b"made":
+            raise EpochChanged("a member was lost while a group was made: call reconfigure() and make it again")
+        return [WorkerId(int(store.get(key))) for key in keys]
 
     def communicator(self, name: str, members: Sequence[WorkerId]) -> Communicator:
         """A new one of these workers, without those that are gone by now."""
@@ -116,19 +147,21 @@ class Fabric:
         """Some communicator here has lost a member and was not taken up again."""
         return any(found.broken for found in tuple(self._origins))
 
+    @property
+    def failure(self) -> ElasWaveError | None:
+        """What some communicator here has failed with, if not with a loss."""
+        return next((found.failure for found in tuple(self._origins) if found.failure is not None), None)
+
     def reconfigure(self) -> None:
         """Wait until the members of every broken communicator have agreed on what has succeeded, and take it up again.
 
-        Raises EpochChanged where this process was removed itself, DeadlineExceeded where the agreement takes too long.
+        After another failure than a loss it waits for a loss. Raises EpochChanged where this process was removed,
+        DeadlineExceeded where it takes longer than the timeout of the first process group.
         """
-        deadline = time.monotonic() + RECONFIGURE_S
+        deadline = time.monotonic() + self._timeout_s
         for communicator in tuple(self._origins):
             if communicator.broken:
                 self.endpoint.acknowledge(communicator, deadline)
-
-    def await_loss(self, deadline: float) -> None:
-        """Wait until some communicator is broken."""
-        self.endpoint.drive(lambda: self.broken, deadline, "news of a lost member")
 
     def check_departed(self, communicator: Communicator) -> None:
         """A peer that has left in order is lost to who still wants something of it."""
@@ -137,10 +170,9 @@ class Fabric:
             self._remove(gone)
 
     def _peer_lost(self, closed: PeerClosed) -> None:
-        with self._lock:
-            waiting = any(closed.peer in found.members and not found.idle for found in self._origins)
-        if closed.orderly and not waiting:
+        if closed.orderly:
             self._departed.add(closed.peer)
+            self.endpoint.depart(closed.peer)
         else:
             self._remove({closed.peer})
 
@@ -150,7 +182,7 @@ class Fabric:
             if not peers - known or not self._origins:
                 return
             try:
-                roster = remove(self._store, self._roster, peers)
+                roster = remove(self._store, self._roster, peers, by=self.me)
             except RuntimeError as error:  # torch's stores raise subclasses of it when their process is gone
                 raise LinkClosed(f"the store of the process group is gone: {error}") from error
             self._adopt(roster)

@@ -55,6 +55,17 @@ class Mailbox:
                     awaited.payload = (member, found.popleft())
                     break
 
+    def misses(self, departed: set[WorkerId]) -> set[WorkerId]:
+        """Those of `departed` without whom some receive cannot end: no message of theirs is here or will come."""
+        missed: set[WorkerId] = set()
+        for awaited in self._awaited:
+            if not self.ready(awaited):
+                communicator = self._communicator
+                others = set(communicator.members) - {communicator.me}
+                senders = others if awaited.member is None else {awaited.member}
+                missed |= senders if senders <= departed else set()
+        return missed
+
     def edited(self) -> None:
         """The communicator has a new epoch."""
         epoch = self._communicator.epoch
@@ -73,7 +84,8 @@ class Mailbox:
         expected = like.numel() * like.element_size()
         if payload.numel() != expected:
             raise ProtocolError(f"worker {member} sent {payload.numel()} bytes; this receive expects {expected}")
-        like.copy_(payload.view(like.dtype))
+        if expected:  # a tensor without elements has no stride that could be viewed as another dtype
+            like.copy_(payload.view(like.dtype))
         return self._communicator.members.index(member)
 
     def give_up(self, awaited: Awaited) -> None:

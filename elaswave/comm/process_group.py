@@ -13,7 +13,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elaswave.comm.arena import ARENA_BYTES
 from elaswave.comm.fabric import Fabric
@@ -22,7 +23,7 @@ from elaswave.comm.operation import Operation
 from elaswave.comm.operators import average_over, combine_of
 from elaswave.comm.works import DoneWork, OperationWork, ReceiveWork
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ConfigError, EpochChanged
+from elaswave.errors import ConfigError, ElasWaveError, EpochChanged
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import _DistributedBackendOptions
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 Tensors = Sequence[Tensor]
 
 
-SHARED_MEMORY_VARIABLE = "ELASWAVE_NO_SHARED_MEMORY"
-"""Set to anything: processes of one host use links, as those of several hosts do."""
+SHARED_MEMORY_VARIABLE = "ELASWAVE_SHARED_MEMORY"
+"""1: processes of one host use shared memory. Not by default yet: losses in the middle of it are not tested enough."""
 
 
 class ElasticProcessGroup(dist.ProcessGroup):
@@ -112,7 +113,8 @@ class ElasticProcessGroup(dist.ProcessGroup):
     def reconfigure(self, options: object = None) -> None:
         """After EpochChanged: all groups of this process work on with their survivors, whose ranks are new.
 
-        Name and place of torch 2.14's method. Raises EpochChanged where this process was taken for lost itself.
+        Name and place of torch 2.14's method. After DeadlineExceeded it waits until whoever is stuck was killed. Raises
+        EpochChanged where this process was taken for lost, DeadlineExceeded after the timeout of the first group.
         """
         del options
         self._fabric.reconfigure()
@@ -120,12 +122,17 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Raise EpochChanged where torch's C++ code has made another exception of it, as DDP's backward pass does."""
+        """Raise EpochChanged where torch's C++ code has made another exception of it, as DDP's backward pass does.
+
+        The same for what else operations fail with, such as DeadlineExceeded.
+        """
         try:
             yield
-        except EpochChanged:
+        except ElasWaveError:
             raise
         except Exception as error:
+            if self._fabric.failure is not None:
+                raise self._fabric.failure from error
             if not self._fabric.broken:
                 raise
             raise EpochChanged("a member was lost: call reconfigure() and repeat the step") from error
@@ -140,11 +147,12 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def _all_reduce(self, tensors: Tensors, opts: object) -> dist.Work:
         operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-        combine = combine_of(operator)
-        size = self.size()
-        return self._works(
-            [self._group.all_reduce(t, combine, average_over(operator, t, size)) for t in tensors], tensors, opts
-        )
+        combines, size = [combine_of(operator, tensor.dtype) for tensor in tensors], self.size()
+        operations = [
+            self._group.all_reduce(tensor, combine, average_over(operator, tensor, size))
+            for tensor, combine in zip(tensors, combines, strict=True)
+        ]
+        return self._works(operations, tensors, opts)
 
     def broadcast(self, tensors: Tensors, opts: "dist.BroadcastOptions | None" = None) -> dist.Work:
         root = 0 if opts is None else opts.rootRank
@@ -153,12 +161,16 @@ class ElasticProcessGroup(dist.ProcessGroup):
     def reduce(self, tensors: Tensors, opts: "dist.ReduceOptions | None" = None) -> dist.Work:
         operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
         root = 0 if opts is None else opts.rootRank
-        combine, size, mine = combine_of(operator), self.size(), self.rank() == root
-        return self._works(
-            [self._group.reduce(t, root, combine, average_over(operator, t, size) if mine else None) for t in tensors],
-            tensors,
-            opts,
+        combines, size, mine = (
+            [combine_of(operator, tensor.dtype) for tensor in tensors],
+            self.size(),
+            self.rank() == root,
         )
+        operations = [
+            self._group.reduce(tensor, root, combine, average_over(operator, tensor, size) if mine else None)
+            for tensor, combine in zip(tensors, combines, strict=True)
+        ]
+        return self._works(operations, tensors, opts)
 
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: object = None) -> dist.Work:
         operations = [self._group.all_gather(outs, given) for outs, given in zip(outputs, inputs, strict=True)]
@@ -185,10 +197,10 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: object = None) -> dist.Work:
         operator = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-        combine, size = combine_of(operator), self.size()
+        combines, size = [combine_of(operator, out.dtype) for out in outputs], self.size()
         operations = [
             self._group.reduce_scatter(out, given, combine, average_over(operator, out, size))
-            for out, given in zip(outputs, inputs, strict=True)
+            for out, given, combine in zip(outputs, inputs, combines, strict=True)
         ]
         return self._works(operations, outputs, opts)
 
@@ -260,7 +272,6 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def _receive(self, tensors: Tensors, source: int | None, tag: int) -> dist.Work:
         (tensor,) = tensors
-        self._fabric.check_departed(self._group.communicator)
         return ReceiveWork(self._group, source, tag, tensor)
 
     def _works(self, operations: list[Operation], tensors: Tensors, opts: object) -> dist.Work:
@@ -269,6 +280,20 @@ class ElasticProcessGroup(dist.ProcessGroup):
         if getattr(opts, "asyncOp", False):
             self._group.endpoint.attend()
         return work
+
+
+def forget_step(model: nn.Module) -> None:
+    """Forget what a step that was broken off has left in `model`, so that it can be repeated. On all ranks alike.
+
+    All gradients are dropped, those of `no_sync` too. DDP's reducer keeps the number of ranks by which it
+    divides, and the order in which it has seen gradients, until a backward pass ends, and the broken one never did:
+    without this the next mean would be over the old ranks, and after a loss in the first step DDP would refuse.
+    Buffers (batch norm's statistics) and random numbers stay as the broken step left them.
+    """
+    for parameter in model.parameters():
+        parameter.grad = None
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._reset_state()
 
 
 def flat_view(tensor: Tensor) -> Tensor:
@@ -309,10 +334,9 @@ def _create(options: "_DistributedBackendOptions", backend_options: object) -> E
         fabric = ElasticProcessGroup.fabric = Fabric(options.store, rank, size, options.timeout)
         members = [WorkerId(index) for index in range(size)]
     else:
-        options.store.set(f"elaswave/member/{rank}", str(fabric.me))
-        members = [WorkerId(int(options.store.get(f"elaswave/member/{index}"))) for index in range(size)]
+        members = fabric.gather(options.store, rank, size, options.timeout)
     communicator = fabric.communicator(options.group_id or "default", members)
-    arena_bytes = ARENA_BYTES if fabric.shares_memory(members) and SHARED_MEMORY_VARIABLE not in os.environ else 0
+    arena_bytes = ARENA_BYTES if fabric.shares_memory(members) and os.environ.get(SHARED_MEMORY_VARIABLE) == "1" else 0
     timeout_s = options.timeout.total_seconds()
     group = Group(fabric.endpoint, communicator, timeout_s, arena_bytes=arena_bytes)
     return ElasticProcessGroup(group, fabric, options.group_id)

@@ -59,16 +59,17 @@ def decode_roster(text: str | bytes) -> Roster:
 FIRST = Roster(epoch=0, removed=())
 
 
-def remove(store: Store, known: Roster, workers: Iterable[WorkerId]) -> Roster:
+def remove(store: Store, known: Roster, workers: Iterable[WorkerId], *, by: WorkerId) -> Roster:
     """Write that these workers are gone, whoever else writes at the same time; the roster after that.
 
+    Nothing is written where `by`, who asks for it, was removed itself: those that it misses have closed its links.
     Raises what the store raises when its process is gone.
     """
     gone = tuple(workers)
     expected = "" if known.epoch == 0 else known.encode()
     while True:
         wanted = known.without(gone)
-        if wanted.epoch == known.epoch:
+        if wanted.epoch == known.epoch or by in dict(known.removed):
             return known
         found = store.compare_set(KEY, expected, wanted.encode()).decode()
         if found == wanted.encode():

@@ -146,6 +146,7 @@ def test_an_operation_of_another_length_is_an_error_that_names_both() -> None:
     network = Network(2, random.Random(0))
     network.start(WorkerId(1), small, torch.ones(3), keep=True)
     operation = network.start(WorkerId(0), small, torch.ones(LENGTH), keep=True)
+    network.run()
+    assert operation.finished
     with pytest.raises(ProtocolError, match=r"12 bytes .* expects 28"):
-        network.run()
-    assert not operation.finished
+        operation.raise_error()
