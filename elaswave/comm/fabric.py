@@ -147,7 +147,7 @@ class Fabric:
     def reconfigure(self) -> None:
         """Wait until the members of every broken communicator have agreed on what has succeeded, and take it up again.
 
-        After another failure than a loss it waits for a loss. Raises EpochChanged where this process was removed itself,
+        After DeadlineExceeded it waits for a loss. Raises EpochChanged where this process was removed itself,
         DeadlineExceeded where it takes longer than the timeout of the first process group.
         """
         deadline = time.monotonic() + self._timeout_s

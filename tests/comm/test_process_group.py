@@ -82,16 +82,12 @@ def test_what_torch_distributed_offers(nursery: Nursery, tmp_path: Path, job: st
 
 
 @pytest.mark.parametrize("frames", [0, 1, 4, 9, 14])
-@pytest.mark.parametrize(
-    ("worker", "step", "options"),
-    [(0, 0, {}), (2, 1, {"gradient_as_bucket_view": True}), (3, 3, {"find_unused_parameters": True})],
-)
-def test_ddp_trains_on(
-    nursery: Nursery, tmp_path: Path, frames: int, worker: int, step: int, options: dict[str, bool]
-) -> None:
-    found = nursery.run(
-        "trains_on", 4, tmp_path, killed=(worker,), trainer="ddp", losses=[(worker, step, frames)], options=options
-    )
+@pytest.mark.parametrize("case", [(0, 0, None), (2, 1, "gradient_as_bucket_view"), (3, 3, "find_unused_parameters")])
+def test_ddp_trains_on(nursery: Nursery, tmp_path: Path, frames: int, case: tuple[int, int, str | None]) -> None:
+    worker, step, option = case
+    options = {} if option is None else {option: True}
+    losses = [(worker, step, frames)]
+    found = nursery.run("trains_on", 4, tmp_path, killed=(worker,), trainer="ddp", losses=losses, options=options)
     check_history(found, 4, {worker: step})
 
 
