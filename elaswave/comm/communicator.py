@@ -118,8 +118,8 @@ class Communicator:
     def receive(self, peer: WorkerId, epoch: int, number: int, payload: Tensor) -> None:
         """A frame of an operation. Of an older epoch it is dropped, of a newer one it waits for the edit.
 
-        Raises ProtocolError for what no member can have sent. Of a length that is not expected here, it is
-        the user's error: the operation fails with it, and nobody is taken for lost.
+        Raises ProtocolError for what no member can have sent. Of a length that the operation here does not expect, it
+        is the user's error: the operation fails with it, and nobody is taken for lost.
         """
         if epoch < self.epoch:
             self.stale_frames += 1

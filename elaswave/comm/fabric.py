@@ -21,6 +21,7 @@ from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed
 
 CLOSE_S = 5.0
+FOLDER_PREFIX = "elaswave-"
 LOOK_S = 0.005
 """How often those who make a group look whether all have come: a store cannot be awaited together with links."""
 DECISION_KEY = "elaswave/decision"
@@ -54,7 +55,8 @@ class Fabric:
         self._timeout_s = timeout.total_seconds()
         self._neighbours: set[WorkerId] = set()  # processes of this host
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="elaswave-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self._addresses: dict[WorkerId, str] = {}
         try:
             token = self._token(rank)
             options = EndpointOptions(agree_s=self._timeout_s)
@@ -76,14 +78,13 @@ class Fabric:
         self._store.set(f"elaswave/address/{rank}", " ".join((_host(), unix, tcp)))
         keys = [f"elaswave/address/{peer}" for peer in range(size)]
         self._store.wait(keys, timeout)
-        addresses: dict[WorkerId, str] = {}
         self._neighbours.add(self.me)
         for peer, key in enumerate(keys):
             host, unix, tcp = self._store.get(key).decode().split(" ")
-            addresses[WorkerId(peer)] = unix if host == _host() else tcp
+            self._addresses[WorkerId(peer)] = unix if host == _host() else tcp
             if host == _host():
                 self._neighbours.add(WorkerId(peer))
-        self.endpoint.connect(addresses)
+        self.endpoint.connect(self._addresses)
 
     def gather(self, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> list[WorkerId]:
         """Members of a new group, by rank; all call it with a store of the group's own.
@@ -155,7 +156,7 @@ class Fabric:
     def reconfigure(self) -> None:
         """Wait until the members of every broken communicator have agreed on what has succeeded, and take it up again.
 
-        After another failure than a loss it waits for a loss. Raises EpochChanged where this process was removed,
+        After DeadlineExceeded it waits for a loss. Raises EpochChanged where this process was removed itself,
         DeadlineExceeded where it takes longer than the timeout of the first process group.
         """
         deadline = time.monotonic() + self._timeout_s
@@ -201,8 +202,16 @@ class Fabric:
         self._roster = roster
         for worker in new:
             self.endpoint.forget(worker)
+            self._clean_up_after(worker)
         for communicator in self._origins:
             self._apply(communicator)
+
+    def _clean_up_after(self, worker: WorkerId) -> None:
+        """A killed process leaves the folder of its socket behind; nobody dials a removed one any more."""
+        _, _, socket_path = self._addresses[worker].partition("unix:")
+        folder = Path(socket_path).parent
+        if folder.name.startswith(FOLDER_PREFIX):
+            rmtree(folder, ignore_errors=True)
 
     def _apply(self, communicator: Communicator) -> None:
         origin = self._origins[communicator]

@@ -56,7 +56,7 @@ class Mailbox:
                     break
 
     def misses(self, departed: set[WorkerId]) -> set[WorkerId]:
-        """Those of `departed` without whom some receive cannot end: no message of theirs is here or will come."""
+        """Those of `departed` without whom some receive cannot end: no message of theirs is here, none will come."""
         missed: set[WorkerId] = set()
         for awaited in self._awaited:
             if not self.ready(awaited):

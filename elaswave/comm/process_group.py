@@ -113,8 +113,8 @@ class ElasticProcessGroup(dist.ProcessGroup):
     def reconfigure(self, options: object = None) -> None:
         """After EpochChanged: all groups of this process work on with their survivors, whose ranks are new.
 
-        Name and place of torch 2.14's method. After DeadlineExceeded it waits until whoever is stuck was killed. Raises
-        EpochChanged where this process was taken for lost, DeadlineExceeded after the timeout of the first group.
+        Name and place of torch 2.14's method. After DeadlineExceeded it waits until whoever is stuck was killed.
+        EpochChanged: this process was taken for lost itself. DeadlineExceeded: after the timeout of the first group.
         """
         del options
         self._fabric.reconfigure()
@@ -285,9 +285,9 @@ class ElasticProcessGroup(dist.ProcessGroup):
 def forget_step(model: nn.Module) -> None:
     """Forget what a step that was broken off has left in `model`, so that it can be repeated. On all ranks alike.
 
-    All gradients are dropped, those of `no_sync` too. DDP's reducer keeps the number of ranks by which it
-    divides, and the order in which it has seen gradients, until a backward pass ends, and the broken one never did:
-    without this the next mean would be over the old ranks, and after a loss in the first step DDP would refuse.
+    All gradients are dropped, those accumulated under `no_sync` too. DDP's reducer keeps the number of ranks by which
+    it divides, and the order in which it has seen gradients come, until a backward pass ends; the broken one never did.
+    Without this the next mean would be over the old ranks, and after a loss in the first step DDP would not go on.
     Buffers (batch norm's statistics) and random numbers stay as the broken step left them.
     """
     for parameter in model.parameters():

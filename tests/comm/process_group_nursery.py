@@ -1,9 +1,8 @@
 """A process that has imported torch and forks the ranks of a job, so that a test need not wait for imports.
 
-Each line it reads is {"job": name, "arguments": {}, "size": ranks, "folder": where, "limit_s": seconds}; it answers
-with the ranks' exit codes, negative for signals.
-What a rank returns is in FOLDER/RANK.json, what it writes in FOLDER/RANK.txt.
-It never makes a store or a thread itself: neither survives a fork.
+Each line it reads is {"job": name, "arguments": {}, "size": ranks, "folder": where, "limit_s": seconds}; the answer are
+the ranks' exit codes, negative for signals. What a rank returns is in FOLDER/RANK.json, what it writes in
+FOLDER/RANK.txt. The nursery never makes a store or a thread itself: neither survives a fork.
 """
 
 import json
@@ -21,7 +20,8 @@ import torch._dynamo
 import torch.distributed.checkpoint._fsspec_filesystem
 
 from elaswave.lifeline import end_with_parent
-from tests.comm.process_group_jobs import JOBS, Place
+from tests.comm import process_group_endings, process_group_jobs, process_group_training  # noqa: F401 (they add to JOBS)
+from tests.comm.process_group_place import JOBS, Place
 
 
 def run(name: str, place: Place) -> None:

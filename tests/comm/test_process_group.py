@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -20,14 +22,15 @@ SHOWN = 1500
 class Nursery:
     """A process that forks ranks; see process_group_nursery.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, temporary: str) -> None:
+        self.temporary = Path(temporary)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.comm.process_group_nursery", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": temporary},
         )
         assert self._line(START_S) == "ready"
 
@@ -58,9 +61,10 @@ class Nursery:
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    found = Nursery()
-    yield found
-    found.close()
+    with TemporaryDirectory(prefix="pg-") as temporary:  # short: it is part of the addresses of sockets
+        found = Nursery(temporary)
+        yield found
+        found.close()
 
 
 # Whole jobs: nothing more to check than that every rank has found what it expects.
@@ -81,17 +85,13 @@ def test_what_torch_distributed_offers(nursery: Nursery, tmp_path: Path, job: st
     nursery.run(job, 4, tmp_path)
 
 
-@pytest.mark.parametrize("frames", [0, 1, 4, 9, 14])
-@pytest.mark.parametrize(
-    ("worker", "step", "options"),
-    [(0, 0, {}), (2, 1, {"gradient_as_bucket_view": True}), (3, 3, {"find_unused_parameters": True})],
-)
-def test_ddp_trains_on(  # noqa: PLR0917 - one parameter a column of the table
-    nursery: Nursery, tmp_path: Path, frames: int, worker: int, step: int, options: dict[str, bool]
-) -> None:
-    found = nursery.run(
-        "trains_on", 4, tmp_path, killed=(worker,), trainer="ddp", losses=[(worker, step, frames)], options=options
-    )
+@pytest.mark.parametrize("frames", [0, 1, 4, 9])
+@pytest.mark.parametrize("case", [(0, 0, None), (2, 1, "gradient_as_bucket_view"), (3, 3, "find_unused_parameters")])
+def test_ddp_trains_on(nursery: Nursery, tmp_path: Path, frames: int, case: tuple[int, int, str | None]) -> None:
+    worker, step, option = case
+    options = {} if option is None else {option: True}
+    losses = [(worker, step, frames)]
+    found = nursery.run("trains_on", 4, tmp_path, killed=(worker,), trainer="ddp", losses=losses, options=options)
     check_history(found, 4, {worker: step})
 
 
@@ -118,6 +118,17 @@ def test_losses_down_to_a_single_rank(nursery: Nursery, tmp_path: Path) -> None:
     losses = [(0, 1, 2), (3, 2, 5), (1, 3, 3)]
     found = nursery.run("trains_on", 4, tmp_path, killed=(0, 1, 3), trainer="ddp", losses=losses)
     check_history(found, 4, {0: 1, 3: 2, 1: 3})
+    assert not list(nursery.temporary.glob("elaswave-*"))  # of the killed ranks too
+
+
+def test_the_example() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "ddp_survives.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=90.0, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"(\d) ranks", done.stdout) == ["4"] * 3 + ["3"] * 3
+    assert "the parameters are those of an undisturbed run" in done.stdout
 
 
 @pytest.mark.parametrize("second", [0, 1])
