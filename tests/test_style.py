@@ -56,6 +56,12 @@ def test_the_walk_sees_the_packages() -> None:
     assert not any("_pb" in path.parts for path, _ in modules(*FOLDERS))
 
 
+def test_test_modules_have_names_of_their_own() -> None:
+    """pytest imports test files of different folders under their bare names: two of one name cannot be collected."""
+    names = [path.name for path, _ in modules("tests") if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_files_are_short() -> None:
     long = {str(path): lines for path, _ in modules(*FOLDERS) if (lines := line_count(path)) > MAX_FILE_LINES}
     assert not long, f"over {MAX_FILE_LINES} lines: split them"
