@@ -188,6 +188,10 @@ class Fabric:
                 raise LinkClosed(f"the store of the process group is gone: {error}") from error
             self._adopt(roster)
             others = {worker for members in self._origins.values() for worker in members}
+        if roster.writer != self.me:
+            # Many notice a loss at once: if all told all, most of the news, and of the links that are dialled for it,
+            # would be for nothing. Should the writer be lost before it has told, then who notices that tells of both.
+            return
         for worker in others - {worker for worker, _ in roster.removed} - {self.me}:
             self.endpoint.notify(worker, roster.encode().encode())
 

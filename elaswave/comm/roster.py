@@ -20,19 +20,23 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roster:
-    """epoch: 0 at first, one more with every loss. removed: the epoch in which a worker was removed."""
+    """epoch: 0 at first, one more with every loss. removed: the epoch in which a worker was removed.
+
+    writer: who has made this epoch; None for the first one.
+    """
 
     epoch: int
     removed: tuple[tuple[WorkerId, int], ...]
+    writer: WorkerId | None = None
 
-    def without(self, workers: Iterable[WorkerId]) -> "Roster":
+    def without(self, workers: Iterable[WorkerId], writer: WorkerId) -> "Roster":
         """The next one, in which these are removed too; the same one if they are already."""
         known = dict(self.removed)
         new = sorted(set(workers) - set(known))
         if not new:
             return self
         removed = (*self.removed, *((worker, self.epoch + 1) for worker in new))
-        return Roster(epoch=self.epoch + 1, removed=removed)
+        return Roster(epoch=self.epoch + 1, removed=removed, writer=writer)
 
     def epoch_of(self, members: Iterable[WorkerId]) -> int:
         """Epoch of a communicator that began with these members: that of its last loss."""
@@ -41,7 +45,8 @@ class Roster:
 
     def encode(self) -> str:
         """As text."""
-        return json.dumps({"epoch": self.epoch, "removed": [list(pair) for pair in self.removed]})
+        removed = [list(pair) for pair in self.removed]
+        return json.dumps({"epoch": self.epoch, "removed": removed, "writer": self.writer})
 
 
 def decode_roster(text: str | bytes) -> Roster:
@@ -51,7 +56,7 @@ def decode_roster(text: str | bytes) -> Roster:
     try:
         found = json.loads(text)
         removed = tuple((WorkerId(int(worker)), int(epoch)) for worker, epoch in found["removed"])
-        return Roster(epoch=int(found["epoch"]), removed=removed)
+        return Roster(epoch=int(found["epoch"]), removed=removed, writer=WorkerId(int(found["writer"])))
     except (ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"a roster cannot be read: {error}") from error
 
@@ -62,13 +67,13 @@ FIRST = Roster(epoch=0, removed=())
 def remove(store: Store, known: Roster, workers: Iterable[WorkerId], *, by: WorkerId) -> Roster:
     """Write that these workers are gone, whoever else writes at the same time; the roster after that.
 
-    Nothing is written where `by`, who asks for it, was removed itself: those that it misses have closed its links.
-    Raises what the store raises when its process is gone.
+    Its writer is `by`, who asks for it, only where nobody else was faster. Nothing is written where `by` was removed
+    itself: those that it misses have closed its links. Raises what the store raises when its process is gone.
     """
     gone = tuple(workers)
     expected = "" if known.epoch == 0 else known.encode()
     while True:
-        wanted = known.without(gone)
+        wanted = known.without(gone, by)
         if wanted.epoch == known.epoch or by in dict(known.removed):
             return known
         found = store.compare_set(KEY, expected, wanted.encode()).decode()

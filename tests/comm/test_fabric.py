@@ -1,0 +1,95 @@
+"""Fabrics with real links and a store: every rank a thread of this process; who tells whom of a loss."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TypeVar
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from elaswave.comm.endpoint import NOTICE
+from elaswave.comm.fabric import Fabric
+from elaswave.comm.group import Group
+from elaswave.comm.inbox import PeerClosed
+from elaswave.core.ids import WorkerId
+from elaswave.errors import LinkClosed
+
+MEMBERS = tuple(WorkerId(rank) for rank in range(6))
+LIMIT_S = 30.0
+
+Result = TypeVar("Result")
+
+
+class Gang:
+    """A fabric of each worker, with a group of all of them that was used once."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        limit = timedelta(seconds=LIMIT_S)
+        self.fabrics = self.on(MEMBERS, lambda worker: Fabric(store, worker, len(MEMBERS), limit))
+        self._groups = {
+            worker: Group(fabric.endpoint, fabric.communicator("all", MEMBERS), LIMIT_S)
+            for worker, fabric in self.fabrics.items()
+        }
+        self.on(MEMBERS, self.sum_of_ones)
+
+    def on(self, workers: Sequence[WorkerId], work: Callable[[WorkerId], Result]) -> dict[WorkerId, Result]:
+        """Run it on these at once."""
+        running = {worker: self._pool.submit(work, worker) for worker in workers}
+        return {worker: found.result(2 * LIMIT_S) for worker, found in running.items()}
+
+    def sum_of_ones(self, worker: WorkerId) -> float:
+        tensor = torch.ones(5)
+        group = self._groups[worker]
+        group.endpoint.wait(group.all_reduce(tensor))
+        return float(tensor[0])
+
+    def lose(self, worker: WorkerId, lost: WorkerId) -> None:
+        """Have a worker notice that another one is gone."""
+        self.fabrics[worker]._peer_lost(PeerClosed(peer=lost, error=LinkClosed(f"worker {lost} hung up")))
+
+    def notices(self) -> int:
+        sent = [row for fabric in self.fabrics.values() for row in fabric.endpoint.statistics().sent]
+        return sum(row.frames for row in sent if row.kind == NOTICE)
+
+    def recover(self, worker: WorkerId) -> float:
+        """Hear of a loss, go on without the lost ones, and add up."""
+        fabric = self.fabrics[worker]
+        fabric.await_loss(time.monotonic() + LIMIT_S)
+        fabric.reconfigure()
+        return self.sum_of_ones(worker)
+
+
+@pytest.fixture
+def gang() -> Iterator[Gang]:
+    with ThreadPoolExecutor(len(MEMBERS)) as pool:
+        made = Gang(pool)
+        try:
+            yield made
+        finally:
+            made.on(MEMBERS, lambda worker: made.fabrics[worker].close())
+
+
+def test_of_all_who_notice_a_loss_one_tells_the_others(gang: Gang) -> None:
+    lost, *left = MEMBERS
+    for worker in left[:-1]:
+        gang.lose(worker, lost)
+    assert gang.notices() == len(left) - 1
+    assert gang.on(left, gang.recover) == dict.fromkeys(left, float(len(left)))
+
+
+def test_a_loss_is_known_to_all_although_its_teller_is_lost_before_it_has_told(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, teller, *left = MEMBERS
+    with monkeypatch.context() as patch:
+        patch.setattr(gang.fabrics[teller].endpoint, "notify", lambda peer, content: None)
+        gang.lose(teller, lost)
+    gang.lose(left[0], lost)
+    assert gang.notices() == 0
+    gang.lose(left[1], teller)
+    assert gang.on(left, gang.recover) == dict.fromkeys(left, float(len(left)))
