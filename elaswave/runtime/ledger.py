@@ -33,6 +33,7 @@ class LayerAccumulator:
         self._coverage = Coverage(0)
         self._revoked = False
         self._torn = False
+        self._shown = False  # others may read the sums in place
 
     @property
     def coverage(self) -> Coverage:
@@ -53,6 +54,9 @@ class LayerAccumulator:
             return False
         self._check(contribution)
         self._torn = True
+        if self._shown:
+            self._sums = {block: self._accumulation.combine([total]) for block, total in self._sums.items()}
+            self._shown = False
         for block, tensor in contribution.items():
             if self._coverage:
                 self._accumulation.add(self._sums[block], tensor.to("cpu"))
@@ -63,9 +67,10 @@ class LayerAccumulator:
         return True
 
     def partial(self, shard: Shard) -> Tensor:
-        """The part of the sums that belongs to `shard`: a view that later additions change."""
+        """The part of the sums that belongs to `shard`, in place: later additions go to a copy."""
         if self._torn:
             raise InvariantError("an accumulator is read after an addition to it was interrupted")
+        self._shown = True
         total = self._sums.get(shard.block)
         return self._accumulation.zeros(shard.elements) if total is None else total[shard.start : shard.stop]
 
