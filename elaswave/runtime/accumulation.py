@@ -39,8 +39,11 @@ class Accumulation(Protocol):
     def zeros(self, elements: int) -> Tensor:
         """A new accumulator: flat, on the host."""
 
-    def begin(self, contribution: Tensor) -> Tensor:
-        """A new accumulator that holds one flat float32 or bfloat16 contribution."""
+    def empty(self, elements: int) -> Tensor:
+        """The same, its values not set: `begin` comes first."""
+
+    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+        """Make it hold one flat float32 or bfloat16 contribution of the same length."""
 
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         """Add a flat float32 or bfloat16 contribution of the same length."""
@@ -86,8 +89,11 @@ class Exact64Accumulation:
     def zeros(self, elements: int) -> Tensor:
         return torch.zeros(elements, dtype=torch.float64)
 
-    def begin(self, contribution: Tensor) -> Tensor:
-        accumulator = self._memory(contribution.numel(), torch.float64)
+    def empty(self, elements: int) -> Tensor:
+        return self._memory(elements, torch.float64)
+
+    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+        _check_lengths(accumulator, contribution)
         total = accumulator.numpy()
         for start in range(0, contribution.numel(), PIECE_ELEMENTS):
             piece = self._in_range(contribution[start : start + PIECE_ELEMENTS])
@@ -95,7 +101,6 @@ class Exact64Accumulation:
             np.copyto(into, piece)
             np.add(into, self._rounder, into)
             np.subtract(into, self._rounder, into)
-        return accumulator
 
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         _check_lengths(accumulator, contribution)
@@ -118,7 +123,9 @@ class Exact64Accumulation:
 
     def quantised(self, contribution: Tensor) -> Tensor:
         """What `add` adds, as float64: for tests and reports."""
-        return self.begin(contribution)
+        accumulator = self.zeros(contribution.numel())
+        self.begin(accumulator, contribution)
+        return accumulator
 
     def _in_range(self, piece: Tensor) -> NDArray[np.float32]:
         """The elements as float32 within the limit, or NaN."""
@@ -152,10 +159,13 @@ class Float32Accumulation:
     def zeros(self, elements: int) -> Tensor:
         return torch.zeros(elements)
 
-    def begin(self, contribution: Tensor) -> Tensor:
+    def empty(self, elements: int) -> Tensor:
+        return self._memory(elements, torch.float32)
+
+    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+        _check_lengths(accumulator, contribution)
         # Not a copy: zero plus minus zero is zero, as it is where an accumulator begins with zeros.
-        accumulator = self._memory(contribution.numel(), torch.float32)
-        return torch.add(contribution.to(torch.float32), 0.0, out=accumulator)
+        torch.add(contribution.to(torch.float32), 0.0, out=accumulator)
 
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         _check_lengths(accumulator, contribution)
