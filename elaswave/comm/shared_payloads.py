@@ -152,6 +152,8 @@ class PayloadPool:
         """The peer's process: when it ends, what it had borrowed is free."""
         with self._lock:
             self._forget_process(peer)
+            for known in list(self._processes):
+                self._has_ended(known)  # closes what we hold of it: workers come and go
             try:
                 self._processes[peer] = os.pidfd_open(process)
                 self._ended.discard(peer)
