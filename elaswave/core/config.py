@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from elaswave.core.ids import WorkerId
+from elaswave.core.layout import MAX_TP
 from elaswave.core.reduce_plan import REDUCE_KINDS, ReduceKind
 from elaswave.errors import ConfigError
 
@@ -93,8 +94,11 @@ def check_config(config: ControllerConfig) -> None:
             raise ConfigError(f"{flag} {value}: must be at least 0")
     if config.reduce not in REDUCE_KINDS:
         raise ConfigError(f"--reduce {config.reduce}: must be {' or '.join(REDUCE_KINDS)}")
-    if config.tp != 1:
-        raise ConfigError(f"--tp {config.tp}: tensor parallelism is not supported in this version; use --tp 1")
+    if config.tp > MAX_TP:
+        raise ConfigError(
+            f"--tp {config.tp}: tensor parallelism is not supported, a stage replica has {MAX_TP} worker in this "
+            f"version; use --tp {MAX_TP}"
+        )
     _check_fit(config)
 
 
