@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from elaswave._pb import control_pb2
 from elaswave.core.ids import Epoch, Layer, NodeId, ShardId, Step, WorkerId
 from elaswave.core.plan import Group, Hop, Member, Plan, Route, RouteTable
+from elaswave.core.reduce_plan import ReducePlan
 from elaswave.errors import InvariantError, ProtocolError
 from elaswave.wire import apply_plan_delta, parse, plan_delta
 
@@ -61,7 +62,20 @@ def groups(draw: st.DrawFn) -> Group:
 
 
 @st.composite
-def plans(draw: st.DrawFn, epoch: int, layers: int, micro_batches: int, shards: int) -> Plan:
+def reduce_plans(draw: st.DrawFn, epoch: int) -> ReducePlan:
+    order = tuple(draw(st.lists(workers, unique=True, max_size=4)))
+    return ReducePlan(
+        kind="ring" if order else "direct",
+        order=order,
+        epoch=Epoch(draw(st.integers(0, epoch))),
+        first_step=Step(draw(st.integers(0, 9))),
+    )
+
+
+@st.composite
+def plans(
+    draw: st.DrawFn, epoch: int, layers: int, micro_batches: int, shards: int, *, ringed: frozenset[Layer]
+) -> Plan:
     steps = sorted(draw(st.sets(st.integers(0, 5), min_size=1, max_size=3)))
     table_routes = st.tuples(*[routes(layers, epoch) for _ in range(micro_batches)])
     shard_epochs = st.dictionaries(st.integers(0, shards).map(ShardId), st.integers(1, epoch).map(Epoch), max_size=3)
@@ -76,6 +90,7 @@ def plans(draw: st.DrawFn, epoch: int, layers: int, micro_batches: int, shards: 
         groups=draw(st.tuples(*[groups() for _ in range(shards)])),
         queries=draw(shard_epochs),
         gates=draw(shard_epochs),
+        reduce_plans={layer: draw(reduce_plans(epoch)) for layer in ringed},
         finished=draw(st.booleans()),
     )
 
@@ -84,7 +99,8 @@ def plans(draw: st.DrawFn, epoch: int, layers: int, micro_batches: int, shards: 
 def plan_sequences(draw: st.DrawFn) -> list[Plan]:
     layers, micro_batches, shards = draw(st.integers(1, 4)), draw(st.integers(0, 3)), draw(st.integers(0, 3))
     first = draw(st.integers(1, 5))
-    return [draw(plans(first + index, layers, micro_batches, shards)) for index in range(3)]
+    ringed = draw(st.frozensets(st.integers(0, layers - 1).map(Layer)))
+    return [draw(plans(first + index, layers, micro_batches, shards, ringed=ringed)) for index in range(3)]
 
 
 def over_the_wire(delta: control_pb2.PlanDelta) -> control_pb2.PlanDelta:
@@ -142,7 +158,16 @@ def test_delta_of_an_equal_plan_is_small() -> None:
     plan = base_plan()
     delta = plan_delta(plan, successor(plan))
     assert delta.ByteSize() < 20
-    for field in ("members_added", "members_removed", "hosting", "tables", "groups", "queries", "gates"):
+    for field in (
+        "members_added",
+        "members_removed",
+        "hosting",
+        "tables",
+        "groups",
+        "queries",
+        "gates",
+        "reduce_plans",
+    ):
         assert not getattr(delta, field), field
 
 
@@ -222,6 +247,13 @@ def test_micro_batches_and_shards_cannot_shrink() -> None:
         plan_delta(plan, successor(plan, groups=plan.groups[:1]))
 
 
+def test_a_layer_cannot_lose_its_reduce_plan() -> None:
+    ring = ReducePlan(kind="ring", order=(WorkerId(1), WorkerId(0)), epoch=Epoch(1), first_step=Step(0))
+    plan = dataclasses.replace(base_plan(), reduce_plans={Layer(1): ring})
+    with pytest.raises(InvariantError, match="reduce plan for layer 1: name it as direct"):
+        plan_delta(plan, successor(plan, reduce_plans={}))
+
+
 def test_query_of_epoch_zero_cannot_be_sent() -> None:
     plan = base_plan()
     with pytest.raises(InvariantError, match="shard 1"):
@@ -274,6 +306,14 @@ def _add_route(micro_batch: int, *hops: tuple[int, int, int]) -> Callable[[contr
         (r"PlanDelta\.groups", lambda d: [d.groups.add(shard=1) for _ in range(2)]),
         (r"Group is", lambda d: d.groups.add(shard=1, owner=2, replicas=[2])),
         (r"PlanDelta\.queries\.epoch", lambda d: d.queries.add(shard=1, epoch=3)),
+        (r"PlanDelta\.reduce_plans", lambda d: [d.reduce_plans.add(layer=1, kind="direct") for _ in range(2)]),
+        (r"PlanDelta\.reduce_plans is 65536", lambda d: d.reduce_plans.add(layer=65536, kind="direct")),
+        (r"ReducePlan\.kind is 'tree'", lambda d: d.reduce_plans.add(layer=1, kind="tree")),
+        (r"ReducePlan\.order", lambda d: d.reduce_plans.add(layer=1, kind="ring")),
+        (r"ReducePlan\.order", lambda d: d.reduce_plans.add(layer=1, kind="direct", order=[1])),
+        (r"ReducePlan\.order", lambda d: d.reduce_plans.add(layer=1, kind="ring", order=[1, 1])),
+        (r"ReducePlan\.epoch", lambda d: d.reduce_plans.add(layer=1, kind="direct", epoch=3)),
+        (r"ReducePlan\.first_step", lambda d: d.reduce_plans.add(layer=1, kind="direct", first_step=2**64 - 1)),
         (r"PlanDelta\.gates", lambda d: [d.gates.add(shard=1, epoch=1) for _ in range(2)]),
     ],
 )

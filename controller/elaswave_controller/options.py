@@ -7,6 +7,7 @@ from pathlib import Path
 
 from elaswave.core.config import ControllerConfig
 from elaswave.core.injection import Injection, parse_injection
+from elaswave.core.reduce_plan import REDUCE_KINDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +60,14 @@ def read_options(arguments: Sequence[str]) -> ControllerOptions:
     for name, default in (("node-suspect-s", 3.0), ("shutdown-limit-s", 4.0)):
         parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument("--link-transport", default="shared")
+    parser.add_argument("--reduce", default="direct", choices=REDUCE_KINDS)
     parser.add_argument("--inject", action="append", default=[])
     parser.add_argument("--unbuffered", action="store_true")
     parser.add_argument("--refuse-fresh-start", action="store_true")
     found = parser.parse_args(list(arguments))
     config = ControllerConfig(
         **{name: getattr(found, name) for name in _CONFIG_NUMBERS},
+        reduce=found.reduce,
         want_report=bool(found.report),
         allow_fresh_start=not found.refuse_fresh_start,
     )

@@ -77,8 +77,22 @@ class ShardEpoch(_message.Message):
     epoch: int
     def __init__(self, shard: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
+class ReducePlan(_message.Message):
+    __slots__ = ("layer", "kind", "order", "epoch", "first_step")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    kind: str
+    order: _containers.RepeatedScalarFieldContainer[int]
+    epoch: int
+    first_step: int
+    def __init__(self, layer: _Optional[int] = ..., kind: _Optional[str] = ..., order: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., first_step: _Optional[int] = ...) -> None: ...
+
 class PlanDelta(_message.Message):
-    __slots__ = ("epoch", "reason", "members_added", "members_removed", "hosting", "first_steps", "tables", "groups", "queries", "gates", "finished")
+    __slots__ = ("epoch", "reason", "members_added", "members_removed", "hosting", "first_steps", "tables", "groups", "queries", "gates", "finished", "reduce_plans")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_ADDED_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +104,7 @@ class PlanDelta(_message.Message):
     QUERIES_FIELD_NUMBER: _ClassVar[int]
     GATES_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_PLANS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     reason: str
     members_added: _containers.RepeatedCompositeFieldContainer[Member]
@@ -101,7 +116,8 @@ class PlanDelta(_message.Message):
     queries: _containers.RepeatedCompositeFieldContainer[ShardEpoch]
     gates: _containers.RepeatedCompositeFieldContainer[ShardEpoch]
     finished: bool
-    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ..., members_added: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., members_removed: _Optional[_Iterable[int]] = ..., hosting: _Optional[_Iterable[_Union[Hosting, _Mapping]]] = ..., first_steps: _Optional[_Iterable[int]] = ..., tables: _Optional[_Iterable[_Union[RouteTable, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., queries: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., gates: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., finished: bool = ...) -> None: ...
+    reduce_plans: _containers.RepeatedCompositeFieldContainer[ReducePlan]
+    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ..., members_added: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., members_removed: _Optional[_Iterable[int]] = ..., hosting: _Optional[_Iterable[_Union[Hosting, _Mapping]]] = ..., first_steps: _Optional[_Iterable[int]] = ..., tables: _Optional[_Iterable[_Union[RouteTable, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., queries: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., gates: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., finished: bool = ..., reduce_plans: _Optional[_Iterable[_Union[ReducePlan, _Mapping]]] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "tie_group")

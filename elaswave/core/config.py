@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from elaswave.core.ids import WorkerId
+from elaswave.core.layout import MAX_TP
+from elaswave.core.reduce_plan import REDUCE_KINDS, ReduceKind
 from elaswave.errors import ConfigError
 
 
@@ -33,6 +35,9 @@ class ControllerConfig:
 
     replicas: int = 1
     """Copies of each shard of optimizer state beside its owner (r). 0: a lost owner means a durable checkpoint."""
+
+    reduce: ReduceKind = "direct"
+    """How partial sums get to the owners of shards."""
 
     save_every: int = 0
     """Steps between durable checkpoints; 0: none."""
@@ -87,8 +92,13 @@ def check_config(config: ControllerConfig) -> None:
     for flag, value in natural.items():
         if value < 0:
             raise ConfigError(f"{flag} {value}: must be at least 0")
-    if config.tp != 1:
-        raise ConfigError(f"--tp {config.tp}: tensor parallelism is not supported in this version; use --tp 1")
+    if config.reduce not in REDUCE_KINDS:
+        raise ConfigError(f"--reduce {config.reduce}: must be {' or '.join(REDUCE_KINDS)}")
+    if config.tp > MAX_TP:
+        raise ConfigError(
+            f"--tp {config.tp}: tensor parallelism is not supported, a stage replica has {MAX_TP} worker in this "
+            f"version; use --tp {MAX_TP}"
+        )
     _check_fit(config)
 
 

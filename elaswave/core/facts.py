@@ -91,7 +91,8 @@ class Gradient:
 class Partial:
     """Sum of the contributions of one layer to one shard over `coverage`; payload: the slice of the accumulator.
 
-    `epoch` is the assignment epoch of the accumulator. `loss` is set for the loss shard only.
+    `epoch` is the assignment epoch of the accumulator; of a `running` sum, which was combined on the way from the
+    accumulators of several workers, the epoch of the reduce plan (rule 3.11). `loss` is set for the loss shard only.
     """
 
     step: Step
@@ -100,6 +101,7 @@ class Partial:
     epoch: Epoch
     coverage: Coverage
     loss: LossScalars | None = None
+    running: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

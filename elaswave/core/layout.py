@@ -1,9 +1,14 @@
 """Rectangular layouts: D pipelines of P stages; which layers form a stage."""
 
 from dataclasses import dataclass
+from typing import Final
 
+from elaswave.core.axes import LAYOUT_AXES, Axes
 from elaswave.core.ids import Layer
 from elaswave.errors import ConfigError
+
+MAX_TP: Final = 1
+"""Workers of one stage replica in this version: layers are not divided over several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +23,13 @@ class Layout:
         for name, degree in (("--dp", self.dp), ("--pp", self.pp), ("--tp", self.tp)):
             if degree < 1:
                 raise ConfigError(f"{name} is {degree}: a degree of parallelism is at least 1")
-        if self.tp != 1:
-            raise ConfigError(f"--tp is {self.tp}: only 1 is supported for now")
+        if self.tp > MAX_TP:
+            raise ConfigError(f"--tp is {self.tp}: tensor parallelism is not supported, the limit is {MAX_TP}")
+
+    @property
+    def axes(self) -> Axes:
+        """Where its workers are."""
+        return Axes(names=LAYOUT_AXES, sizes=(self.dp, self.pp, self.tp))
 
     @property
     def workers(self) -> int:

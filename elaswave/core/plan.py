@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from elaswave.core.ids import Epoch, Layer, MicroBatch, NodeId, ShardId, Step, WorkerId
+from elaswave.core.reduce_plan import ReducePlan
 
 FIRST_EPOCH = Epoch(1)
 """Epoch of the plan that a job starts with: who is in it starts from initial values or a checkpoint, who comes later
@@ -85,6 +86,7 @@ class Plan:
     `tables` ascend by first step and the first one starts at or before any step still under way.
     `queries[shard]` is the epoch under which the owner of a shard was lost with no confirmed copy left;
     `gates[shard]` the epoch that made its joining copies gate. `finished` lets workers leave (rule 4.11).
+    Layers that `reduce_plans` does not name are reduced directly.
     """
 
     epoch: Epoch
@@ -95,6 +97,7 @@ class Plan:
     groups: tuple[Group, ...]
     queries: Mapping[ShardId, Epoch] = field(default_factory=dict)
     gates: Mapping[ShardId, Epoch] = field(default_factory=dict)
+    reduce_plans: Mapping[Layer, ReducePlan] = field(default_factory=dict)
     finished: bool = False
     ids: frozenset[WorkerId] = field(init=False, compare=False, repr=False)
     hosts_of_layer: Mapping[Layer, tuple[WorkerId, ...]] = field(init=False, compare=False, repr=False)

@@ -212,7 +212,7 @@ def encode_fact(fact: Fact) -> tuple[FrameKind, Writer]:
         case facts.Gradient():
             return FrameKind.GRADIENT, to.numbers(fact.step, fact.micro_batch, fact.cut)
         case facts.Partial():
-            to.numbers(fact.step, fact.shard, fact.layer, fact.epoch).mask(fact.coverage)
+            to.numbers(fact.step, fact.shard, fact.layer, fact.epoch, fact.running).mask(fact.coverage)
             _write_loss(to, fact.loss)
             return FrameKind.PARTIAL, to
         case facts.Reduced():
@@ -277,7 +277,7 @@ def decode_fact(kind: int, data: Reader) -> Fact:
 
 
 def _decode_partial(data: Reader) -> Fact:
-    step, shard, layer, epoch = data.numbers(4)
+    step, shard, layer, epoch, running = data.numbers(5)
     coverage = Coverage(data.mask())
     return facts.Partial(
         step=Step(step),
@@ -286,6 +286,7 @@ def _decode_partial(data: Reader) -> Fact:
         epoch=Epoch(epoch),
         coverage=coverage,
         loss=_read_loss(data),
+        running=bool(running),
     )
 
 

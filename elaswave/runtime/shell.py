@@ -10,7 +10,7 @@ from torch import Tensor
 from elaswave.comm.links import Links
 from elaswave.core import facts
 from elaswave.core.facts import Decision, Fact
-from elaswave.core.ids import Layer, MicroBatch, ShardId, Step, WorkerId
+from elaswave.core.ids import Coverage, Layer, MicroBatch, ShardId, Step, WorkerId
 from elaswave.core.protocol import effects as do
 from elaswave.core.protocol.state import EdgeKey, HopKey, SumKey
 from elaswave.core.protocol.worker import StepProtocol
@@ -86,6 +86,8 @@ class ProtocolShell:
                 self._send(effect)
             case do.Combine():
                 self._combine(effect)
+            case do.PassOn():
+                self._pass_on(effect)
             case do.Apply():
                 self._apply(effect)
             case do.InstallParameters():
@@ -121,15 +123,34 @@ class ProtocolShell:
             raise InvariantError(f"micro-batch {micro_batch} is in accumulator {epoch_key} already")
 
     def _partial(self, fact: facts.Partial) -> Tensor:
-        shard = self._parts.shape.shards[fact.shard]
-        found = self._sums.get(SumKey(fact.step, fact.layer, fact.epoch))
+        found = self._accumulator(SumKey(fact.step, fact.layer, fact.epoch))
+        _check_coverage(fact, found.coverage)
+        return self._slice(found, fact.shard)
+
+    def _accumulator(self, key: SumKey) -> LayerAccumulator:
+        found = self._sums.get(key)
         if found is None:
-            raise InvariantError(f"no accumulator for {fact}")
-        if found.coverage != fact.coverage:
-            raise InvariantError(f"the accumulator holds {found.coverage:#x}, the protocol says {fact.coverage:#x}")
-        if not shard.elements:
-            return torch.empty(0, dtype=self._parts.accumulation.dtype)
-        return found.partial(shard)
+            raise InvariantError(f"no accumulator for {key}")
+        return found
+
+    def _slice(self, found: LayerAccumulator, index: ShardId) -> Tensor:
+        shard = self._parts.shape.shards[index]
+        return found.partial(shard) if shard.elements else torch.empty(0, dtype=self._parts.accumulation.dtype)
+
+    def _pass_on(self, effect: do.PassOn) -> None:
+        fact = effect.fact
+        self._on_phase(fact.step, "reduce")
+        parts = [cast(Tensor, effect.payload)] if effect.before else []
+        covered = effect.before
+        for epoch in effect.accumulators:
+            found = self._accumulator(SumKey(fact.step, fact.layer, epoch))
+            if found.coverage & covered:
+                raise InvariantError(f"{found.coverage:#x} is added to a running sum of {covered:#x}: they overlap")
+            covered = Coverage(covered | found.coverage)
+            parts.append(self._slice(found, fact.shard))
+        _check_coverage(fact, covered)
+        total = parts[0] if len(parts) == 1 else self._parts.accumulation.combine(parts)
+        self.send_fact(effect.to, fact, total)
 
     def _combine(self, effect: do.Combine) -> None:
         self._on_phase(effect.step, "reduce")
@@ -208,6 +229,11 @@ class ProtocolShell:
         except LinkClosed:
             if to in self.protocol.plan.ids:
                 raise
+
+
+def _check_coverage(fact: facts.Partial, coverage: Coverage) -> None:
+    if coverage != fact.coverage:
+        raise InvariantError(f"a sum to send holds {coverage:#x}, the protocol says {fact.coverage:#x}")
 
 
 def edge_key(fact: facts.Activation | facts.Gradient) -> EdgeKey:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from elaswave.core.ids import BlockId, Epoch, Layer, NodeId, Step, WorkerId
 from elaswave.core.layout import Stage
 from elaswave.core.plan import Group, Member, Plan, RouteTable
+from elaswave.core.reduce_plan import ReduceKind
 from elaswave.core.routes import balanced_routes
 from elaswave.core.shape import CHUNK_ELEMENTS, Block, ModelShape, Shard
 
@@ -17,7 +18,7 @@ class Scene:
     `crashes`, `suspicions` (of workers that are alive), `swaps` (planned changes of an owner) and `cuts` (links between
     live workers that lose what is in flight) are how often each may happen. `spares` wait to take the place of lost
     workers. With `late_reports` the controller learns of a worker's progress at any later time, else at once.
-    `log_cap`: values that a boundary log may keep; None: all.
+    `log_cap`: values that a boundary log may keep; None: all. `reduce`: how partial sums get to owners.
     """
 
     workers: int
@@ -34,6 +35,7 @@ class Scene:
     cuts: int = 0
     late_reports: bool = False
     log_cap: int | None = None
+    reduce: ReduceKind = "direct"
 
     def shape(self) -> ModelShape:
         """One block per distinct set of layers, divided into as many shards as `copies` names for it."""

@@ -10,6 +10,9 @@ DP2 = Scene(workers=2, hosts=((0, 1),), copies=(((0,), 0, (1,)),))
 PP2 = Scene(workers=2, hosts=((0,), (1,)), copies=(((0,), 0, (1,)), ((1,), 1, (0,))))
 """Two stages of one worker each: a loss leaves a stage without hosts."""
 
+RING = Scene(workers=3, hosts=((0, 1),), copies=(((0,), 2, (0,)),), reduce="ring")
+"""Two hosts and an owner that hosts nothing: the second host adds to what the first one sent."""
+
 _DP3 = Scene(
     workers=3,
     hosts=((0, 1, 2),),
@@ -29,6 +32,16 @@ _TWO_BY_TWO = Scene(
 )
 _TWO_SHARDS = replace(_TWO_BY_TWO, copies=(((0,), 0, (2,)), ((1,), 2, (1,))), micro_batches=2, steps=3)
 
+_RING = Scene(
+    workers=4,
+    hosts=((0, 1, 2, 3),),
+    copies=(((0,), 0, (1,)), ((0,), 2, (3,))),
+    micro_batches=4,
+    steps=3,
+    crashes=2,
+    reduce="ring",
+)
+
 EXHAUSTIVE = {
     "dp2": DP2,
     "dp2, 2 steps": replace(DP2, steps=2),
@@ -38,6 +51,10 @@ EXHAUSTIVE = {
     "pp2, 2 steps": replace(PP2, steps=2),
     "pp2, cut": replace(PP2, crashes=0, cuts=1),
     "pp2, capped log": replace(PP2, log_cap=0),
+    "dp2, ring": replace(DP2, steps=2, late_reports=True, reduce="ring"),
+    "ring, crash": replace(RING, copies=(((0,), 2, ()),), replicas=0),
+    "ring, cut": replace(RING, crashes=0, cuts=1),
+    "ring of three": replace(RING, hosts=((0, 1, 2),), copies=(((0,), 2, ()),), micro_batches=3, replicas=0),
 }
 """Small enough to visit every state within seconds."""
 
@@ -101,6 +118,23 @@ WALKS = {
     ),
     "spares": replace(_TWO_SHARDS, spares=2, crashes=2, steps=3),
     "spares, late reports": replace(_DP3, spares=1, steps=3, suspicions=1, late_reports=True),
+    "ring": _RING,
+    "ring, swaps": replace(_RING, copies=(((0,), 0, (1,)),), crashes=1, suspicions=1, swaps=2),
+    "ring, late reports": replace(_RING, crashes=1, suspicions=2, late_reports=True),
+    "ring, cuts": replace(_RING, crashes=1, suspicions=1, cuts=3),
+    "ring, r=0": replace(_RING, copies=(((0,), 0, ()), ((0,), 2, ())), replicas=0, crashes=0, suspicions=2, cuts=1),
+    "ring, owners elsewhere": Scene(
+        workers=4,
+        hosts=((0, 1, 2), (1, 2, 3)),
+        copies=(((0,), 3, (0,)), ((1,), 0, (3,)), ((0, 1), 1, (2,))),
+        micro_batches=3,
+        steps=3,
+        crashes=2,
+        suspicions=1,
+        late_reports=True,
+        reduce="ring",
+    ),
+    "ring, spares": replace(_RING, spares=2, crashes=2, suspicions=1, log_cap=1, late_reports=True),
     "everything": replace(_TWO_SHARDS, log_cap=1, spares=1, suspicions=1, swaps=1, cuts=1, late_reports=True),
 }
 """Explored by seeded random walks."""

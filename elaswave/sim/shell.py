@@ -91,6 +91,8 @@ class WorkerShell:
                 return Message(effect.fact, self._payload(effect))
             case do.Combine():
                 self._combine(effect)
+            case do.PassOn():
+                return Message(effect.fact, self._running_sum(effect))
             case do.Apply():
                 self._apply(effect)
             case do.InstallParameters():
@@ -127,6 +129,16 @@ class WorkerShell:
                 raise Violation(f"w{self.protocol.me} sends version {fact.version} of {fact.shard} at {len(state)}")
             return state
         return effect.payload
+
+    def _running_sum(self, effect: do.PassOn) -> Sum:
+        fact = effect.fact
+        parts = [self.sums[SumKey(fact.step, fact.layer, epoch)] for epoch in effect.accumulators]
+        if isinstance(effect.payload, tuple):
+            parts.append(effect.payload)
+        found = tuple(sorted(contribution for part in parts for contribution in part))
+        if len(set(found)) != len(found) or sum(1 << m for _, _, m in found) != fact.coverage:
+            raise Violation(f"w{self.protocol.me} passes {found} on as {fact.coverage:#b}")
+        return found
 
     def _combine(self, effect: do.Combine) -> None:
         gradient = tuple(sorted(found for part in effect.parts if isinstance(part, tuple) for found in part))

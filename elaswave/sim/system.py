@@ -308,6 +308,11 @@ def check_plan(plan: Plan, layers: int) -> None:
                     problems.append(f"{hop} is not on a host of its layers")
                 if hop.epoch > plan.epoch:
                     problems.append(f"{hop} was assigned by a later plan")
+    for layer, reduce_plan in plan.reduce_plans.items():
+        if reduce_plan.order and sorted(reduce_plan.order) != list(plan.hosts_of_layer.get(layer, ())):
+            problems.append(f"layer {layer} is reduced over {reduce_plan.order}")
+        if reduce_plan.epoch > plan.epoch:
+            problems.append(f"the reduce plan of layer {layer} was made by a later plan")
     firsts = [table.first_step for table in plan.tables]
     if firsts != sorted(set(firsts)):
         problems.append(f"tables from steps {firsts}")

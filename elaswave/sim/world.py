@@ -7,6 +7,7 @@ from elaswave.core.events import WorkerReport
 from elaswave.core.ids import ShardId, Step, WorkerId
 from elaswave.core.plan import Plan
 from elaswave.core.planner.context import MemberReport, PlanningContext
+from elaswave.core.planner.reductions import with_reduce_plans
 from elaswave.core.protocol.state import JobFacts
 from elaswave.core.protocol.worker import StepProtocol
 from elaswave.sim.crew import Crew
@@ -39,7 +40,11 @@ class World(Crew):
     def __init__(self, scene: Scene, protocol: type[StepProtocol] = StepProtocol) -> None:
         self.scene = scene
         self.context = PlanningContext(
-            shape=scene.shape(), stages=scene.stages(), replicas=scene.replicas, micro_batches=scene.micro_batches
+            shape=scene.shape(),
+            stages=scene.stages(),
+            replicas=scene.replicas,
+            micro_batches=scene.micro_batches,
+            reduce=scene.reduce,
         )
         self.reports: dict[WorkerId, MemberReport] = {}
         self.swaps: frozenset[tuple[ShardId, WorkerId]] = frozenset()
@@ -55,9 +60,15 @@ class World(Crew):
         job = JobFacts(
             shape=self.context.shape, micro_batches=scene.micro_batches, start_step=Step(0), steps=scene.steps
         )
-        super().__init__(job, scene.plan(), protocol, scene.log_cap)
+        first = with_reduce_plans(self.context, None, scene.plan(), job.start_step)
+        super().__init__(job, first, protocol, scene.log_cap)
         for index in range(scene.workers):
             self.hear(index)
+
+    def push(self, plan: Plan) -> None:
+        """Persist the next plan, with the reduce plans that its changes make necessary."""
+        fastest = max(self.step_known(index) for index in plan.ids)
+        super().push(with_reduce_plans(self.context, self.plan, plan, fastest))
 
     def changed(self, index: int) -> None:
         """The worker may have something to tell."""
@@ -163,6 +174,7 @@ def _plan_mark(plan: Plan) -> int:
             frozenset(plan.hosting.items()),
             frozenset(plan.queries.items()),
             frozenset(plan.gates.items()),
+            frozenset(plan.reduce_plans.items()),
         )
     )
 

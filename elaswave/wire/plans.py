@@ -6,6 +6,7 @@ from typing import TypeVar
 from elaswave._pb import control_pb2
 from elaswave.core.ids import Epoch, Layer, MicroBatch, NodeId, ShardId, Step, WorkerId
 from elaswave.core.plan import Group, Hop, Member, Plan, Route, RouteTable
+from elaswave.core.reduce_plan import REDUCE_KINDS, ReduceKind, ReducePlan
 from elaswave.errors import InvariantError, ProtocolError
 from elaswave.wire import checks
 
@@ -39,6 +40,7 @@ def plan_delta(previous: Plan | None, plan: Plan) -> control_pb2.PlanDelta:
         queries=_epoch_changes({} if previous is None else previous.queries, plan.queries),
         gates=_epoch_changes({} if previous is None else previous.gates, plan.gates),
         finished=plan.finished,
+        reduce_plans=_reduce_changes(previous, plan),
     )
 
 
@@ -62,6 +64,7 @@ def apply_plan_delta(previous: Plan | None, delta: control_pb2.PlanDelta) -> Pla
         queries=_apply_epochs("PlanDelta.queries", {} if previous is None else previous.queries, delta.queries, epoch),
         gates=_apply_epochs("PlanDelta.gates", {} if previous is None else previous.gates, delta.gates, epoch),
         finished=delta.finished,
+        reduce_plans=_apply_reduce_plans(previous, delta),
     )
 
 
@@ -307,6 +310,45 @@ def _apply_epochs(
         else:
             after.pop(ShardId(change.shard), None)
     return after
+
+
+# ------------------------------------------------------------------ reduce plans
+
+
+def _reduce_changes(previous: Plan | None, plan: Plan) -> Iterable[control_pb2.ReducePlan]:
+    before = {} if previous is None else previous.reduce_plans
+    if gone := sorted(before.keys() - plan.reduce_plans.keys()):
+        raise InvariantError(f"plan {plan.epoch} has no reduce plan for layer {gone[0]}: name it as direct")
+    for layer, found in sorted(plan.reduce_plans.items()):
+        if before.get(layer) != found:
+            yield control_pb2.ReducePlan(
+                layer=layer, kind=found.kind, order=found.order, epoch=found.epoch, first_step=found.first_step
+            )
+
+
+def _apply_reduce_plans(previous: Plan | None, delta: control_pb2.PlanDelta) -> dict[Layer, ReducePlan]:
+    checks.entries("PlanDelta.reduce_plans", delta.reduce_plans, checks.MAX_LAYERS)
+    layers = decode_layers("PlanDelta.reduce_plans", [change.layer for change in delta.reduce_plans])
+    after = {} if previous is None else dict(previous.reduce_plans)
+    after.update(
+        (layer, _decode_reduce_plan(change, delta.epoch))
+        for layer, change in zip(layers, delta.reduce_plans, strict=True)
+    )
+    return after
+
+
+def _decode_reduce_plan(change: control_pb2.ReducePlan, epoch: int) -> ReducePlan:
+    checks.entries("ReducePlan.order", change.order)
+    checks.distinct("ReducePlan.order", change.order)
+    kind: ReduceKind = "ring" if checks.one_of("ReducePlan.kind", change.kind, REDUCE_KINDS) == "ring" else "direct"
+    if bool(change.order) != (kind == "ring"):
+        raise checks.refuse("ReducePlan.order", list(change.order), f"what {kind} needs: hosts for ring only")
+    return ReducePlan(
+        kind=kind,
+        order=tuple(map(WorkerId, change.order)),
+        epoch=Epoch(checks.number("ReducePlan.epoch", change.epoch, 0, epoch)),
+        first_step=Step(checks.number("ReducePlan.first_step", change.first_step, 0, checks.MAX_STEP)),
+    )
 
 
 def _without_holes(field: str, found: Mapping[int, _Item]) -> tuple[_Item, ...]:

@@ -111,6 +111,7 @@ def controller_arguments(launch: Launch, place: Place) -> tuple[str, ...]:
         "nproc-per-node": config.nproc_per_node,
         "max-restarts": config.max_restarts,
         "replicas": config.replicas,
+        "reduce": config.reduce,
         "save-every": config.save_every,
         "report": options.report or "",
         "save-dir": options.save_dir or "",

@@ -122,6 +122,8 @@ OUR_FLAGS: tuple[Flag, ...] = (
     _ours("--tp", "workers of one stage replica", "1"),
     _ours("--spares", "workers beyond the layout that wait warm and replace lost ones", "0"),
     _ours("--replicas", "copies of the optimizer state beside its owner, in other nodes", "1"),
+    _ours("--reduce", "direct: hosts send sums to the owner of a shard; ring: they add them up on the way", "direct",
+          metavar="direct|ring"),
     _ours("--report", "write the report of the run here, JSON (docs/report.md)", metavar="FILE"),
     Flag(name="--inject", kind=Kind.LIST, environment=False, metavar="SPEC",
          help="a fault: kill|stop|slow:worker=W,step=K,phase=PH[,factor=F][,during=recovery]; may be repeated"),

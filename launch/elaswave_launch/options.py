@@ -7,6 +7,7 @@ from pathlib import Path
 
 from elaswave.core.config import ControllerConfig, check_config
 from elaswave.core.injection import Injection, parse_injection
+from elaswave.core.reduce_plan import REDUCE_KINDS
 from elaswave.core.settings import LINK_TRANSPORTS
 from elaswave.errors import ConfigError
 from elaswave_launch.flags import Parsed
@@ -142,6 +143,7 @@ def _config(parsed: Parsed, nnodes: int, nproc: int) -> ControllerConfig:
         nproc_per_node=nproc,
         max_restarts=_number(parsed, "max_restarts"),
         replicas=_number(parsed, "replicas"),
+        reduce="ring" if _choice(parsed, "reduce", REDUCE_KINDS) == "ring" else "direct",
         save_every=_number(parsed, "save_every"),
         want_report=bool(parsed.text("report")),
     )

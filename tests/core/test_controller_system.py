@@ -22,7 +22,7 @@ RUNS_EACH = 40
 LOST = ("owner and all replicas of", "all 1 workers are lost")
 
 
-def config(dp: int, pp: int, *, nodes: int, each: int = 1, **more: int) -> ControllerConfig:
+def config(dp: int, pp: int, *, nodes: int, each: int = 1, **more: int | str) -> ControllerConfig:
     return ControllerConfig(dp=dp, pp=pp, nnodes=nodes, nproc_per_node=each, **more)
 
 
@@ -36,6 +36,13 @@ SURVIVABLE = {
     "3x1, r=2": SystemScene(config=config(3, 1, nodes=3, replicas=2), layers=1, harm=Harm(crashes=2)),
     "spare": SystemScene(config=config(2, 2, nodes=5, spares=1), steps=4, harm=Harm(crashes=1, cuts=1)),
     "r=0": SystemScene(config=config(2, 1, nodes=2, replicas=0), layers=1, harm=Harm(suspicions=2, cuts=1)),
+    "4x1, ring": SystemScene(config=config(4, 1, nodes=4, reduce="ring"), layers=1, harm=Harm(crashes=1, cuts=1)),
+    "3x2, ring": SystemScene(
+        config=config(3, 2, nodes=3, each=2, reduce="ring", max_restarts=1), steps=5, harm=Harm(crashes=1, cuts=1)
+    ),
+    "4x1, ring, suspects": SystemScene(
+        config=config(4, 1, nodes=4, reduce="ring"), layers=1, steps=4, harm=Harm(suspicions=2)
+    ),
     "pp3": SystemScene(config=config(1, 3, nodes=3, max_restarts=1), layers=4, harm=Harm(crashes=1)),
 }
 """No more is lost at a time than there are replicas for."""

@@ -24,6 +24,7 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
     "bf16": OFF_ON,
     "unbuffered": OFF_ON,
     "capped": OFF_ON,
+    "ring": OFF_ON,
 }
 
 STEP = 3
@@ -143,6 +144,7 @@ class Scenario:
         flags += [f"--max-restarts={int(self.kind == 'restart')}"]
         flags += ["--unbuffered"] if "unbuffered" in self.features else []
         flags += [f"--log-cap={LOG_CAP_BYTES}"] if "capped" in self.features else []
+        flags += ["--reduce=ring"] if "ring" in self.features else []
         return flags + [f"--inject={spec}" for spec in self._injections()]
 
     def script_flags(self) -> list[str]:

@@ -49,6 +49,7 @@ class TinyOptions:
     micro_batch: int = 1
     poison: int = 0
     non_finite: Literal["raise", "skip-step"] = "raise"
+    accumulation: Literal["exact64", "float32"] = "exact64"
 
     def flags(self) -> list[str]:
         """The command line of a script that trains this job."""
@@ -189,6 +190,7 @@ def make_job(options: TinyOptions, faults: Faults | None = None) -> Job:
         recompute=bool(options.recompute),
         parameter_dtype=options.dtype,
         non_finite=options.non_finite,
+        accumulation=options.accumulation,
         on_step=broken_callback if chosen.raise_at == "on_step" else callback,
     )
 

@@ -15,15 +15,16 @@ from elaswave.core.facts import (
     ShardScalars,
     StateRequest,
 )
-from elaswave.core.ids import Epoch, Layer, MicroBatch, ShardId, Step, WorkerId
+from elaswave.core.ids import Layer, MicroBatch, ShardId, Step, WorkerId
 from elaswave.core.plan import Group, Hop, Plan, Route
 from elaswave.core.protocol.compute import maker_of
 from elaswave.core.protocol.effects import Apply, DiscardHop, InstallParameters, Payload, Send
-from elaswave.core.protocol.state import EdgeKey, JobFacts, PartialSum, SumKey
+from elaswave.core.protocol.state import EdgeKey, JobFacts, PartialSum, SumKey, SumSource
 from elaswave.core.protocol.worker import StepProtocol
+from elaswave.core.reduce_plan import ReducePlan
 from elaswave.sim.world import World
 
-SumsOfShard = Mapping[tuple[WorkerId, Layer, Epoch], PartialSum]
+SumsOfShard = Mapping[SumSource, PartialSum]
 
 # ---------------------------------------------------------------------- 3: compute and repair
 
@@ -131,6 +132,51 @@ class AdoptionStartsOver(StepProtocol):
             discard = DiscardHop(step=key.step, micro_batch=key.micro_batch, first=key.first, last=key.last)
             self.effects.append(discard)
         super().adopt(plan)
+
+
+# ---------------------------------------------------------------------- 3.11: rings
+
+
+class OldRunningSumsAreContinued(StepProtocol):
+    """3.11: a running sum of an older reduce plan is added to."""
+
+    def running_sum(self, plan: ReducePlan, layer: Layer, shard: ShardId, source: WorkerId) -> PartialSum | None:
+        sums = self.partials.get((self.step, shard), {})
+        old = [found for key, found in sums.items() if (*key[:2], key[3]) == (source, layer, True)]
+        return old[0] if old else None
+
+
+class OldSumsArePassedOn(StepProtocol):
+    """3.11: sums of former assignments are passed on with those of the present one."""
+
+    def complete_sums(self, layer: Layer) -> list[SumKey]:
+        complete = super().complete_sums(layer)
+        old = [key for key in self.coverage if (key.step, key.layer) == (self.step, layer)]
+        return sorted(old, key=lambda key: key.epoch) if complete else []
+
+
+class IncompleteSumsArePassedOn(StepProtocol):
+    """3.11: a running sum goes on with what is here of one's own."""
+
+    def complete_sums(self, layer: Layer) -> list[SumKey]:
+        return [key for key in self.coverage if (key.step, key.layer) == (self.step, layer)]
+
+
+class RingsGoOnceAStep(StepProtocol):
+    """3.11: what was passed on in a step is not passed on under a newer reduce plan."""
+
+    def pass_on(self, layer: Layer, shard: ShardId) -> bool:
+        done = any((key.step, key.layer, of) == (self.step, layer, shard) for key, of in self.passed_on)
+        return done or super().pass_on(layer, shard)
+
+
+class RunningSumsAreSentOnce(StepProtocol):
+    """8.1: after a broken link, running sums are not passed on again."""
+
+    def send_partials_again(self, receivers: tuple[WorkerId, ...]) -> None:
+        passed_on = self.passed_on
+        super().send_partials_again(receivers)
+        self.passed_on = passed_on
 
 
 # ---------------------------------------------------------------------- 4: reduce, decide, update, publish

@@ -40,6 +40,11 @@ NOTICED = (
     ("BrokenLinksAreIgnored", "2x2, capped log", 2),
     ("OnlyOldCopiesAskAgain", "2x2, capped log", 42),
     ("LeavingByOwnView", "pp3", 0),
+    ("OldRunningSumsAreContinued", "ring, swaps", 4),
+    ("OldSumsArePassedOn", "ring, owners elsewhere", 47),
+    ("IncompleteSumsArePassedOn", "ring, r=0", 10),
+    ("RingsGoOnceAStep", "ring, late reports", 0),
+    ("RunningSumsAreSentOnce", "ring, cuts", 2),
 )
 """(mutant, scene, seed): with the rule broken, this walk violates a promise."""
 

@@ -128,6 +128,7 @@ class LifecycleControl(AdvanceControl):
             stages=partition_layers(shape.layers, layout.pp),
             replicas=self.config.replicas,
             micro_batches=self.job.micro_batches,
+            reduce=self.config.reduce,
         )
         self.next_step = self.job.start_step
         self.start_limit = None

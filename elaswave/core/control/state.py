@@ -7,6 +7,7 @@ from elaswave.core.incidents import OpenIncident
 from elaswave.core.membership import WorkerRecord, WorkerState
 from elaswave.core.plan import Plan
 from elaswave.core.planner.context import MemberReport, PlanningContext
+from elaswave.core.planner.reductions import with_reduce_plans
 from elaswave.errors import InvariantError, ProtocolError
 
 END_LIMIT_S = 10.0
@@ -67,8 +68,13 @@ class ControllerState:
         return self.context, self.plan
 
     def persist(self, plan: Plan) -> None:
-        """Make `plan` the newest one: write it, then send it to all who are in it, were in it, or may come back."""
+        """Make `plan` the newest one: write it, then send it to all who are in it, were in it, or may come back.
+
+        Reduce plans are added here, as all other changes make them necessary.
+        """
         previous = self.plan
+        if self.context is not None:
+            plan = with_reduce_plans(self.context, previous, plan, self.fastest_step())
         self.plan = plan
         self.effects.append(PersistPlan(plan=plan, previous=previous))
         for record in self.workers.values():

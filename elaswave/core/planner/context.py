@@ -7,17 +7,19 @@ from typing import TypedDict, Unpack
 from elaswave.core.ids import Epoch, Layer, ShardId, Step, WorkerId
 from elaswave.core.layout import Stage
 from elaswave.core.plan import Group, Member, Plan, RouteTable
+from elaswave.core.reduce_plan import ReduceKind
 from elaswave.core.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanningContext:
-    """Model, stages of the layout, number of replicas wanted per shard, micro-batches per step."""
+    """Model, stages of the layout, replicas wanted per shard, micro-batches per step, how sums are reduced."""
 
     shape: ModelShape
     stages: tuple[Stage, ...]
     replicas: int
     micro_batches: int
+    reduce: ReduceKind = "direct"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

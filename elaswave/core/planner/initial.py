@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from elaswave.core.axes import stage_replicas
 from elaswave.core.ids import Step, WorkerId
 from elaswave.core.layout import Layout, Stage, check_batch, partition_layers
 from elaswave.core.placement import place_shards
@@ -21,8 +22,11 @@ def grid_of(layout: Layout, members: Sequence[Member]) -> tuple[tuple[WorkerId, 
 
     Consecutive workers form a pipeline: its boundaries stay on a node and replicas of a stage spread over nodes.
     """
-    ids = [member.worker for member in sorted(members, key=lambda member: member.worker)]
-    return tuple(tuple(ids[d * layout.pp + p] for d in range(layout.dp)) for p in range(layout.pp))
+    ids = sorted(member.worker for member in members)
+    return tuple(
+        tuple(worker for replica in replicas for worker in replica.workers)
+        for replicas in stage_replicas(layout.axes, ids)
+    )
 
 
 def initial_plan(

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from elaswave.core.facts import Decision, Fact
-from elaswave.core.ids import Layer, MicroBatch, ShardId, Step, WorkerId
+from elaswave.core.facts import Decision, Fact, Partial
+from elaswave.core.ids import Coverage, Epoch, Layer, MicroBatch, ShardId, Step, WorkerId
 
 Payload = object
 """Something of the shell's: a tensor or a received buffer; in the model, a symbolic value."""
@@ -29,6 +29,21 @@ class Combine:
     step: Step
     shard: ShardId
     parts: tuple[Payload, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassOn:
+    """Add this worker's accumulators of the layer to the running sum that came, and send the sum with `fact`.
+
+    `accumulators` are their assignment epochs, one or more. `before` is what the running sum that came covers, 0 where
+    there is none; then `payload` is not used. All are disjoint and make up the coverage of `fact`.
+    """
+
+    to: WorkerId
+    fact: Partial
+    accumulators: tuple[Epoch, ...]
+    before: Coverage
+    payload: Payload = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +114,6 @@ class StepDecided:
 
 
 Effect = (
-    Send | Combine | Apply | InstallParameters | InstallOwnParameters | InstallState | DropCopy | HostLayers
+    Send | Combine | PassOn | Apply | InstallParameters | InstallOwnParameters | InstallState | DropCopy | HostLayers
     | DiscardHop | StepDecided
 )  # fmt: skip

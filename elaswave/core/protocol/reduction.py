@@ -3,49 +3,48 @@
 from collections.abc import Mapping
 
 from elaswave.core.facts import Decided, Decision, Have, LossScalars, Partial, Reduced, ShardScalars
-from elaswave.core.ids import Coverage, Epoch, Layer, ShardId, Step, WorkerId
-from elaswave.core.protocol.compute import ComputeProtocol
+from elaswave.core.ids import Coverage, ShardId, Step, WorkerId
 from elaswave.core.protocol.effects import Combine, Payload, Send
-from elaswave.core.protocol.state import PartialSum, ReducedShard, SumKey
+from elaswave.core.protocol.ring import RingProtocol
+from elaswave.core.protocol.state import PartialSum, ReducedShard, SumKey, SumSource
 from elaswave.errors import InvariantError
 
 
-class ReductionProtocol(ComputeProtocol):
+class ReductionProtocol(RingProtocol):
     """From contributions to the decision of a step."""
 
     # ------------------------------------------------------------------ partial sums
 
     def send_partials(self, key: SumKey) -> None:
-        """Send the accumulator to the owners of its layer's shards once all its hops under the plan are in."""
+        """Send the accumulator towards the owners of its layer's shards once all its hops under the plan are in."""
         wanted = self.my_sums.get((key.layer, key.epoch), 0)
         coverage = self.coverage.get(key, Coverage(0))
         if not wanted or wanted & ~coverage:
             return
         for shard in self.job.shape.shards_of_layer[key.layer]:
-            owner = self.plan.groups[shard].owner
-            if owner is None or self.sent_partials.get((key, shard)) == (owner, coverage):
-                continue
-            self.sent_partials[(key, shard)] = (owner, coverage)
-            loss = (
-                self._loss_of(key)
-                if shard == self.job.shape.loss_shard and key.layer == self.job.shape.layers - 1
-                else None
-            )
-            fact = Partial(step=key.step, shard=shard, layer=key.layer, epoch=key.epoch, coverage=coverage, loss=loss)
-            self.effects.append(Send(to=owner, fact=fact))
+            if not self.pass_on(key.layer, shard):
+                self._send_directly(key, shard, coverage)
 
-    def send_partials_again(self, owners: tuple[WorkerId, ...]) -> None:
-        """What these owners were sent may not have arrived: `settle` sends it again."""
-        self.sent_partials = {key: sent for key, sent in self.sent_partials.items() if sent[0] not in owners}
+    def _send_directly(self, key: SumKey, shard: ShardId, coverage: Coverage) -> None:
+        owner = self.plan.groups[shard].owner
+        if owner is None or self.sent_partials.get((key, shard)) == (owner, coverage):
+            return
+        self.sent_partials[(key, shard)] = (owner, coverage)
+        loss = self._loss_of(key) if self.carries_loss(key.layer, shard) else None
+        fact = Partial(step=key.step, shard=shard, layer=key.layer, epoch=key.epoch, coverage=coverage, loss=loss)
+        self.effects.append(Send(to=owner, fact=fact))
 
-    def _loss_of(self, key: SumKey) -> LossScalars:
-        return self.losses.get(key, LossScalars())
+    def send_partials_again(self, receivers: tuple[WorkerId, ...]) -> None:
+        """What these workers were sent may not have arrived: `settle` sends it again."""
+        self.sent_partials = {key: sent for key, sent in self.sent_partials.items() if sent[0] not in receivers}
+        self.passed_on = {key: to for key, to in self.passed_on.items() if to not in receivers}
 
     def receive_partial(self, source: WorkerId, fact: Partial, payload: Payload) -> None:
         """The newest set of one accumulator replaces the one before; kept also where this worker is no owner."""
         sums = self.partials.setdefault((fact.step, fact.shard), {})
-        sums[(source, fact.layer, fact.epoch)] = PartialSum(fact.coverage, fact.loss, payload)
+        sums[(source, fact.layer, fact.epoch, fact.running)] = PartialSum(fact.coverage, fact.loss, payload)
         if fact.step == self.step:
+            self.pass_on(fact.layer, fact.shard)
             self.try_combine(fact.shard)
 
     def try_combine(self, shard: ShardId) -> None:
@@ -66,7 +65,7 @@ class ReductionProtocol(ComputeProtocol):
         self.combining[pair] = None
         self.effects.append(Combine(step=self.step, shard=shard, parts=tuple(found.payload for found in chosen)))
 
-    def find_cover(self, sums: Mapping[tuple[WorkerId, Layer, Epoch], PartialSum]) -> list[PartialSum] | None:
+    def find_cover(self, sums: Mapping[SumSource, PartialSum]) -> list[PartialSum] | None:
         """Disjoint partial sums that hold every micro-batch once, or None."""
         return exact_cover(self.job.full, [sums[key] for key in sorted(sums)])
 

@@ -58,6 +58,10 @@ class PartialSum:
     payload: Payload
 
 
+SumSource = tuple[WorkerId, Layer, Epoch, bool]
+"""Whose a partial sum is: sender, layer, epoch, and whether it is a running sum."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReducedShard:
     """A complete gradient."""
@@ -83,7 +87,7 @@ class JobFacts:
 
 _FLAT = (
     "parameters", "early_parameters", "copies", "inputs", "log", "replays", "forwards", "coverage", "losses",
-    "combining", "reduced", "sent_partials", "sent_reduced", "decisions", "asked", "state_requests",
+    "combining", "reduced", "sent_partials", "passed_on", "sent_reduced", "decisions", "asked", "state_requests",
 )  # fmt: skip
 """Dictionaries of immutable values."""
 
@@ -106,11 +110,12 @@ class ProtocolState:
         self.forwards: dict[HopKey, None] = {}
         self.coverage: dict[SumKey, Coverage] = {}
         self.losses: dict[SumKey, LossScalars] = {}
-        self.partials: dict[tuple[Step, ShardId], dict[tuple[WorkerId, Layer, Epoch], PartialSum]] = {}
+        self.partials: dict[tuple[Step, ShardId], dict[SumSource, PartialSum]] = {}
         self.combining: dict[tuple[Step, ShardId], None] = {}
         self.reduced: dict[tuple[Step, ShardId], ReducedShard] = {}
         self.have: dict[Step, dict[tuple[WorkerId, ShardId], ShardScalars]] = {}
         self.sent_partials: dict[tuple[SumKey, ShardId], tuple[WorkerId, Coverage]] = {}
+        self.passed_on: dict[tuple[SumKey, ShardId], WorkerId] = {}
         self.sent_reduced: dict[tuple[Step, ShardId], Group] = {}
         self.decisions: dict[Step, Decision] = {}
         self.asked: dict[ShardId, tuple[Step, Epoch]] = {}
@@ -118,6 +123,7 @@ class ProtocolState:
         self.held: list[tuple[WorkerId, Fact, Payload]] = []
         self.effects: list[Effect] = []
         self._my_sums: dict[tuple[Layer, Epoch], Coverage] | None = None
+        self._contributors: dict[Layer, frozenset[WorkerId]] = {}
 
     # ------------------------------------------------------------------ views
 
@@ -144,6 +150,15 @@ class ProtocolState:
             self._my_sums = {key: Coverage(mask) for key, mask in sums.items()}
         return self._my_sums
 
+    def contributors(self, layer: Layer) -> frozenset[WorkerId]:
+        """Workers to which the plan gives hops of this layer in this step."""
+        found = self._contributors.get(layer)
+        if found is None:
+            hops = (hop for route in self.plan.table(self.step).routes for hop in route)
+            found = frozenset(hop.worker for hop in hops if hop.first <= layer < hop.last)
+            self._contributors[layer] = found
+        return found
+
     def hosts(self, shard: ShardId) -> tuple[WorkerId, ...]:
         """Workers that hold parameters of this shard."""
         found = {
@@ -154,6 +169,7 @@ class ProtocolState:
     def forget_views(self) -> None:
         """The plan or the step changed: recompute what is derived from both."""
         self._my_sums = None
+        self._contributors = {}
 
     def is_needed(self, step: Step, shard: ShardId) -> bool:
         """A reduced gradient is kept until the copy here has applied it, not only until its step is decided."""
@@ -191,6 +207,7 @@ def forget_steps_before(state: ProtocolState, step: Step) -> None:
     state.combining = {key: None for key in state.combining if key[0] >= step}
     state.sent_reduced = {key: group for key, group in state.sent_reduced.items() if key[0] >= step}
     state.sent_partials = {key: sent for key, sent in state.sent_partials.items() if key[0].step >= step}
+    state.passed_on = {key: to for key, to in state.passed_on.items() if key[0].step >= step}
     state.have = {key: have for key, have in state.have.items() if key >= step}
     state.reduced = {key: found for key, found in state.reduced.items() if state.is_needed(key[0], key[1])}
     oldest = min([step - 1, *state.copies.values()])
