@@ -155,7 +155,7 @@ worker_settings = built(
     unbuffered=st.booleans(),
     log_cap_bytes=uint64,
     want_digest=st.booleans(),
-    link_transport=st.sampled_from(["unix", "tcp"]),
+    link_transport=st.sampled_from(["shared", "unix", "tcp"]),
     link_host=line,
 )
 commands = st.one_of(

@@ -30,7 +30,7 @@ class ControllerOptions:
     injections: tuple[Injection, ...] = ()
     unbuffered: bool = False
     log_cap_bytes: int = 0
-    link_transport: str = "unix"
+    link_transport: str = "shared"
     link_host: str = ""
     """Where TCP links listen; empty: at the host that the worker's agent names."""
 
@@ -58,7 +58,7 @@ def read_options(arguments: Sequence[str]) -> ControllerOptions:
         parser.add_argument(f"--{name}", default="")
     for name, default in (("node-suspect-s", 3.0), ("shutdown-limit-s", 4.0)):
         parser.add_argument(f"--{name}", type=float, default=default)
-    parser.add_argument("--link-transport", default="unix")
+    parser.add_argument("--link-transport", default="shared")
     parser.add_argument("--inject", action="append", default=[])
     parser.add_argument("--unbuffered", action="store_true")
     parser.add_argument("--refuse-fresh-start", action="store_true")

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 import stat
+import struct
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from elaswave.errors import ConfigError
 UNIX_PATH_LIMIT_BYTES = 107  # sockaddr_un.sun_path without its final zero
 PORT_LIMIT = 1 << 16
 BACKLOG = 1024
+_CREDENTIALS = struct.Struct("3i")  # ucred: pid, uid, gid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,9 @@ class LinkOptions:
 
     queue_limit_bytes: int | None = None
     """Per peer: `send` raises LinkBacklog where more would wait. None: no limit beyond what the caller keeps."""
+
+    shared_memory: bool = False
+    """Payloads for peers at Unix sockets travel in memory shared with them. All workers of a job set it alike."""
 
     hello_limit_s: float = 10.0
     """A dial is given up, and an accepted connection dropped, that has not finished its hello by then."""
@@ -111,6 +116,12 @@ def open_socket(address: LinkAddress, options: LinkOptions) -> socket.socket:
     if isinstance(address, TcpAddress):
         tune_tcp(opened, options)
     return opened
+
+
+def process_behind(opened: socket.socket) -> int:
+    """Process id, by the kernel's word, of who listens or has dialled at the other end of a Unix socket."""
+    process, _, _ = _CREDENTIALS.unpack(opened.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(process)
 
 
 def tune_tcp(opened: socket.socket, options: LinkOptions) -> None:

@@ -229,6 +229,10 @@ class Endpoint:
                 with self._changed:
                     self._changed.notify_all()
 
+    def wake(self) -> None:
+        """Have whoever drives look again at what it waits for. Any thread."""
+        self._inbox.put(Woken())
+
     def wait(self, operation: Operation) -> None:
         """Until it has ended; its error is raised. It ends at its own deadline at the latest."""
         self.drive(lambda: operation.finished, operation.deadline + self._options.agree_s, operation.name)

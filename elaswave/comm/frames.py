@@ -5,6 +5,7 @@ A frame is a header of 24 bytes, little-endian, then `meta_bytes` bytes of meta,
     offset  0  magic          u32   0x4B4C5745 ("EWLK")
             4  kind           u16   meaning is the caller's
             6  flags          u16   bit 0: good-bye, the last frame, without meta and payload
+                                    bit 1: shared, the payload says where in shared memory the real one lies
             8  meta_bytes     u32   at most META_LIMIT_BYTES
            12  sequence       u32   frames of this connection before this one, modulo 2^32
            16  payload_bytes  u64   at most the limit given to the reader
@@ -25,6 +26,7 @@ META_LIMIT_BYTES = 1 << 20
 KIND_LIMIT = 1 << 16
 SEQUENCE_LIMIT = 1 << 32
 GOODBYE = 1
+SHARED = 2
 
 ALIGNMENT_BYTES = 64
 # What is read ahead in one call: many small frames, while the head of a large payload that lands here, and is
@@ -35,6 +37,9 @@ NO_PAYLOAD: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
 Deliver = Callable[[int, bytes, NDArray[np.uint8]], None]
 """Takes kind, meta and payload of one frame."""
+
+Borrow = Callable[[bytes, int], NDArray[np.uint8]]
+"""Finds a payload in shared memory by its description, at most so many bytes. Raises PeerError."""
 
 
 def encode_header(*, kind: int, meta_bytes: int, payload_bytes: int, sequence: int, flags: int = 0) -> bytes:
@@ -79,9 +84,11 @@ class FrameReader:
     anything is allocated by them. After ProtocolError the connection is of no use any more.
     """
 
-    def __init__(self, payload_limit_bytes: int, deliver: Deliver) -> None:
+    def __init__(self, payload_limit_bytes: int, deliver: Deliver, borrow: Borrow | None = None) -> None:
+        """`borrow`: None where frames may not refer to shared memory."""
         self._limit = payload_limit_bytes
         self._deliver = deliver
+        self._borrow = borrow
         self._staging = memoryview(bytearray(STAGING_BYTES))
         self._start = 0
         self._end = 0  # bytes received and not yet used are staging[start:end]
@@ -95,6 +102,7 @@ class FrameReader:
         self._rest: memoryview | None = None  # part of the payload that is still to come
         self._sequence = 0
         self._goodbye = False
+        self._shared = False
 
     @property
     def goodbye(self) -> bool:
@@ -139,10 +147,11 @@ class FrameReader:
             raise ProtocolError(f"frame {self._sequence} of kind {kind} after the good-bye")
         if sequence != self._sequence:
             raise ProtocolError(f"frame of kind {kind} has sequence {sequence} where {self._sequence} was due")
-        if flags not in (0, GOODBYE):
+        if flags not in (0, GOODBYE) and not (flags == SHARED and self._borrow is not None):
             raise ProtocolError(f"frame {sequence} of kind {kind} has unknown flags {flags:#06x}")
         check_frame(kind, meta_bytes, payload_bytes, self._limit)
         self._goodbye = flags == GOODBYE
+        self._shared = flags == SHARED
         if self._goodbye and meta_bytes + payload_bytes:
             raise ProtocolError(f"good-bye with {meta_bytes} bytes of meta and {payload_bytes} of payload, not none")
         self._sequence = (self._sequence + 1) % SEQUENCE_LIMIT
@@ -163,6 +172,8 @@ class FrameReader:
         self._in_body = False
         if self._payload_bytes:
             self._begin_payload(payload_at)
+        elif self._shared:
+            raise ProtocolError(f"frame of kind {self._kind} says that its payload is shared, not where")
         else:
             self._deliver(self._kind, self._meta, NO_PAYLOAD)
 
@@ -182,6 +193,8 @@ class FrameReader:
 
     def _finish(self) -> None:
         payload, self._payload, self._rest = self._payload, NO_PAYLOAD, None
+        if self._shared and self._borrow is not None:
+            payload = self._borrow(payload.tobytes(), self._limit)
         self._deliver(self._kind, self._meta, payload)
 
     def _compact(self) -> None:

@@ -11,17 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elaswave.comm.addresses import LinkAddress, LinkOptions, UnixAddress, open_listener, parse_address
-from elaswave.comm.frames import HEADER_BYTES, check_frame
+from elaswave.comm.frames import HEADER_BYTES, SHARED, aligned_buffer, check_frame
 from elaswave.comm.hello import WORKER_LIMIT
 from elaswave.comm.inbox import LinkSink
 from elaswave.comm.incoming import Listener
 from elaswave.comm.outgoing import Outgoing
+from elaswave.comm.shared_payloads import PayloadPool
 from elaswave.comm.statistics import LinkStatistics
 from elaswave.comm.switchboard import Switchboard
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, DeadlineExceeded, InvariantError, LinkClosed
 
 Payload = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+SHARED_BYTES = 16 << 10
+"""Payloads from here on go through shared memory where that is on: smaller ones cost less in the frame."""
 
 JOIN_LIMIT_S = 2.0  # the I/O thread never waits for a peer, so only a hogged machine takes it this long
 
@@ -62,12 +66,14 @@ class Links:
         self._started = False
         self._closed = False
         self._drained = threading.Condition()
+        self._pool = PayloadPool() if self._options.shared_memory else None
         self._board = Switchboard(
             inbox=inbox,
             payload_limit_bytes=payload_limit_bytes,
             options=self._options,
             current=self._outgoing.get,
             on_drained=self._tell_drained,
+            pool=self._pool,
         )
 
     def listen(self, address: str) -> str:
@@ -122,9 +128,25 @@ class Links:
         outgoing = self._outgoing.get(peer)
         if outgoing is None:
             outgoing = self._open(peer)
-        if outgoing.queue.push(kind, meta, view, copy=copy):
+        sent, flags = self._as_sent(outgoing, view, copy=copy)
+        if outgoing.queue.push(kind, meta, sent, copy=copy, flags=flags):
             self._board.loop.call_soon(partial(self._board.dial, outgoing))
         self._board.sent.add(kind, HEADER_BYTES + len(meta) + payload_bytes)
+
+    def memory(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory at a multiple of 64, not cleared, from which payloads are sent without a copy where that is possible.
+
+        What was sent from it must not change any more: peers may read it in place as long as they live.
+        """
+        found = self._pool.take(nbytes) if self._pool is not None and nbytes >= SHARED_BYTES else None
+        return aligned_buffer(nbytes) if found is None else found
+
+    def _as_sent(self, outgoing: Outgoing, payload: memoryview | None, *, copy: bool) -> tuple[memoryview | None, int]:
+        """The payload on the wire and its flags: itself, or where the peer finds it in shared memory."""
+        if self._pool is None or payload is None or len(payload) < SHARED_BYTES or not outgoing.is_on_this_host:
+            return payload, 0
+        place = self._pool.lend(payload, outgoing.peer, copy=copy)
+        return (payload, 0) if place is None else (memoryview(place), SHARED)
 
     def _open(self, peer: WorkerId) -> Outgoing:
         with self._lock:
@@ -208,6 +230,8 @@ class Links:
         flushed = not self._started or self._flush(time.monotonic() + deadline_s)
         if not self._board.loop.stop(JOIN_LIMIT_S):
             raise DeadlineExceeded(f"the I/O thread of the links did not end within {JOIN_LIMIT_S} s")
+        if self._pool is not None:
+            self._pool.close()
         with self._lock:
             self._outgoing.clear()
             for path in self._socket_paths:

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Protocol
 
 from elaswave.comm import hello
-from elaswave.comm.addresses import LinkAddress, LinkOptions, open_socket
+from elaswave.comm.addresses import LinkAddress, LinkOptions, UnixAddress, open_socket, process_behind
 from elaswave.comm.frames import HEADER_BYTES, encode_goodbye
 from elaswave.comm.incoming import Ending, say
 from elaswave.comm.loop import Loop
@@ -75,6 +75,18 @@ class Outgoing:
         self._ends: hello.Ends | None = None
         self._dials = 0  # tells the timers of one dial from those of the next
         self._failures = 0  # in a row
+
+    @property
+    def is_on_this_host(self) -> bool:
+        """Whether the peer listens at a Unix socket."""
+        return isinstance(self._address, UnixAddress)
+
+    @property
+    def peer_process(self) -> int:
+        """Of a link that is up, on this host: the peer's process."""
+        if self._socket is None:
+            return 0
+        return process_behind(self._socket)
 
     @property
     def is_closed(self) -> bool:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elaswave.comm.arena import ARENA_BYTES
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.group import Group, flat_of
+from elaswave.comm.native import HybridGroup, NativeFactory
 from elaswave.comm.operation import Operation
 from elaswave.comm.operators import average_over, combine_of
 from elaswave.comm.works import DoneWork, OperationWork, ReceiveWork
@@ -119,6 +120,10 @@ class ElasticProcessGroup(dist.ProcessGroup):
         del options
         self._fabric.reconfigure()
         _update_tables()
+
+    def hybrid(self, factory: NativeFactory) -> HybridGroup:
+        """All-reduces of this group over a native communicator where every rank has built one; see HybridGroup."""
+        return HybridGroup(self._group, factory, self._name)
 
     @contextmanager
     def guard(self) -> Iterator[None]:

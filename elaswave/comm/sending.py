@@ -52,7 +52,7 @@ class SendQueue:
         """Bytes of frames that were pushed and are not yet with the kernel."""
         return self._queued_bytes
 
-    def push(self, kind: int, meta: bytes, payload: memoryview | None, *, copy: bool) -> bool:
+    def push(self, kind: int, meta: bytes, payload: memoryview | None, *, copy: bool, flags: int = 0) -> bool:
         """Take one frame: write it now as far as that goes without waiting, and queue the rest.
 
         Returns True if it is the first that waits for a connection: somebody has to dial. With `copy` what must wait is
@@ -63,7 +63,9 @@ class SendQueue:
         total = HEADER_BYTES + len(meta) + payload_bytes
         with self._lock:
             self._check_open(total)
-            head = encode_header(kind=kind, meta_bytes=len(meta), payload_bytes=payload_bytes, sequence=self._sequence)
+            head = encode_header(
+                kind=kind, meta_bytes=len(meta), payload_bytes=payload_bytes, sequence=self._sequence, flags=flags
+            )
             self._sequence += 1
             parts = _join(head, meta, payload, total)
             first = not self._queued_bytes

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from elaswave.comm.addresses import LinkOptions
+from elaswave.comm.addresses import LinkOptions, process_behind
 from elaswave.comm.frames import HEADER_BYTES, Deliver, FrameReader
 from elaswave.comm.inbox import ConnectionRefused, LinksFailed, LinkSink, PeerClosed, Received
 from elaswave.comm.incoming import Ending, Incoming, Listener
 from elaswave.comm.loop import Loop
 from elaswave.comm.outgoing import Outgoing
+from elaswave.comm.shared_payloads import PayloadPool, PeerMemory
 from elaswave.comm.statistics import LinkStatistics, TrafficCounter
 from elaswave.core.ids import WorkerId
 from elaswave.errors import InvariantError, LinkClosed, PeerError, ProtocolError
@@ -35,7 +36,9 @@ class Switchboard:
         options: LinkOptions,
         current: Callable[[WorkerId], Outgoing | None],
         on_drained: Callable[[], None],
+        pool: PayloadPool | None = None,
     ) -> None:
+        """`pool`: where payloads are shared with peers on this host."""
         self.loop = Loop(on_failure=self._loop_failed, on_end=self._shut)
         self.failure: InvariantError | None = None
         self.sent = TrafficCounter()
@@ -44,6 +47,7 @@ class Switchboard:
         self._inbox = inbox
         self._payload_limit_bytes = payload_limit_bytes
         self._options = options
+        self._pool = pool
         self._current = current  # the outgoing link in use with a peer
         self._outgoing: set[Outgoing] = set()
         self._incoming: dict[WorkerId, Incoming] = {}
@@ -83,7 +87,9 @@ class Switchboard:
         """`peer` has dialled us: frames of its earlier connection come first, then it counts as broken."""
         if peer in self._incoming:
             self._break(peer, Ending(error=LinkClosed(f"worker {peer} dialled anew")))
-        reader = FrameReader(self._payload_limit_bytes, self._deliverer(peer))
+        shares = self._pool is not None and opened.family == socket.AF_UNIX
+        borrow = PeerMemory(process_behind(opened)).borrow if shares else None
+        reader = FrameReader(self._payload_limit_bytes, self._deliverer(peer), borrow)
         incoming = Incoming(peer, opened, self, reader)
         self._incoming[peer] = incoming
         self._accepted += 1
@@ -107,6 +113,8 @@ class Switchboard:
         """A dial came through."""
         self._dials += 1
         self._down.discard(outgoing.peer)
+        if self._pool is not None and outgoing.is_on_this_host:
+            self._pool.connected(outgoing.peer, outgoing.peer_process)
 
     def outgoing_ended(self, outgoing: Outgoing, ending: Ending) -> None:
         """The peer hung up."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from elaswave.core.ids import NodeId, WorkerId
 
-LINK_TRANSPORTS = ("unix", "tcp")
+LINK_TRANSPORTS = ("shared", "unix", "tcp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,8 @@ class WorkerSettings:
     want_digest: bool = False
     """Report the digest over all parameters after the last step; costs a pass over them."""
 
-    link_transport: str = "unix"
-    """"unix" within one machine, "tcp" between machines."""
+    link_transport: str = "shared"
+    """"shared" or "unix" within one machine (large payloads in shared memory, or all in sockets), else "tcp"."""
 
     link_host: str = "127.0.0.1"
     """Address that TCP links listen at."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elaswave.errors import InvariantError
 from elaswave.job import Job
+from elaswave.runtime.host_memory import HostMemory, plain_memory
 
 PIECE_ELEMENTS: Final = 65536
 """Elements per pass: 1.3 MB of source, scratch and sum. Pieces of 8192 fit a level-2 cache of 512 KiB, but took 0.9 to
@@ -38,8 +39,11 @@ class Accumulation(Protocol):
     def zeros(self, elements: int) -> Tensor:
         """A new accumulator: flat, on the host."""
 
-    def begin(self, contribution: Tensor) -> Tensor:
-        """A new accumulator that holds one flat float32 or bfloat16 contribution."""
+    def empty(self, elements: int) -> Tensor:
+        """The same, its values not set: `begin` comes first."""
+
+    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+        """Make it hold one flat float32 or bfloat16 contribution of the same length."""
 
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         """Add a flat float32 or bfloat16 contribution of the same length."""
@@ -51,18 +55,19 @@ class Accumulation(Protocol):
         """Mean over the micro-batches as float32, each element rounded once from the sum of all parts (not empty)."""
 
 
-def accumulation_of(job: Job) -> Accumulation:
-    """What the job asks for."""
+def accumulation_of(job: Job, memory: HostMemory = plain_memory) -> Accumulation:
+    """What the job asks for, with accumulators and gradients in `memory`."""
     if job.accumulation == "float32":
-        return Float32Accumulation()
-    return Exact64Accumulation(quantum_exponent=job.quantum_exponent, micro_batches=job.micro_batches)
+        return Float32Accumulation(memory)
+    return Exact64Accumulation(quantum_exponent=job.quantum_exponent, micro_batches=job.micro_batches, memory=memory)
 
 
 class Exact64Accumulation:
     """Sums that do not depend on order, grouping or number of workers."""
 
-    def __init__(self, *, quantum_exponent: int, micro_batches: int) -> None:
+    def __init__(self, *, quantum_exponent: int, micro_batches: int, memory: HostMemory = plain_memory) -> None:
         """Raises nothing; `micro_batches` (M) is the most contributions that one sum will have."""
+        self._memory = memory
         self.limit: Final = 2.0**quantum_exponent * min(2 ** (_MANTISSA - 2), 2**_MANTISSA // micro_batches)
         # Adding 1.5 * 2^52 q leaves no room for bits below q; subtracting it again is exact.
         self._rounder: Final = np.array(1.5 * 2.0 ** (_MANTISSA - 1 + quantum_exponent))
@@ -84,8 +89,11 @@ class Exact64Accumulation:
     def zeros(self, elements: int) -> Tensor:
         return torch.zeros(elements, dtype=torch.float64)
 
-    def begin(self, contribution: Tensor) -> Tensor:
-        accumulator = torch.empty(contribution.numel(), dtype=torch.float64)
+    def empty(self, elements: int) -> Tensor:
+        return self._memory(elements, torch.float64)
+
+    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+        _check_lengths(accumulator, contribution)
         total = accumulator.numpy()
         for start in range(0, contribution.numel(), PIECE_ELEMENTS):
             piece = self._in_range(contribution[start : start + PIECE_ELEMENTS])
@@ -93,7 +101,6 @@ class Exact64Accumulation:
             np.copyto(into, piece)
             np.add(into, self._rounder, into)
             np.subtract(into, self._rounder, into)
-        return accumulator
 
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         _check_lengths(accumulator, contribution)
@@ -112,11 +119,13 @@ class Exact64Accumulation:
         return _sum(parts)
 
     def to_gradient(self, parts: Sequence[Tensor], micro_batches: int) -> Tensor:
-        return _mean(parts, micro_batches)
+        return _mean(parts, micro_batches, self._memory)
 
     def quantised(self, contribution: Tensor) -> Tensor:
         """What `add` adds, as float64: for tests and reports."""
-        return self.begin(contribution)
+        accumulator = self.zeros(contribution.numel())
+        self.begin(accumulator, contribution)
+        return accumulator
 
     def _in_range(self, piece: Tensor) -> NDArray[np.float32]:
         """The elements as float32 within the limit, or NaN."""
@@ -136,6 +145,9 @@ class Exact64Accumulation:
 class Float32Accumulation:
     """Plain sums: half the memory and traffic, but other bits for every order and grouping."""
 
+    def __init__(self, memory: HostMemory = plain_memory) -> None:
+        self._memory = memory
+
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
@@ -147,9 +159,13 @@ class Float32Accumulation:
     def zeros(self, elements: int) -> Tensor:
         return torch.zeros(elements)
 
-    def begin(self, contribution: Tensor) -> Tensor:
+    def empty(self, elements: int) -> Tensor:
+        return self._memory(elements, torch.float32)
+
+    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+        _check_lengths(accumulator, contribution)
         # Not a copy: zero plus minus zero is zero, as it is where an accumulator begins with zeros.
-        return contribution.to(torch.float32, copy=True).add_(0.0)
+        torch.add(contribution.to(torch.float32), 0.0, out=accumulator)
 
     def add(self, accumulator: Tensor, contribution: Tensor) -> None:
         _check_lengths(accumulator, contribution)
@@ -159,7 +175,7 @@ class Float32Accumulation:
         return _sum(parts)
 
     def to_gradient(self, parts: Sequence[Tensor], micro_batches: int) -> Tensor:
-        return _mean(parts, micro_batches)
+        return _mean(parts, micro_batches, self._memory)
 
 
 def _float32_not_above(value: float) -> float:
@@ -182,12 +198,12 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _mean(parts: Sequence[Tensor], micro_batches: int) -> Tensor:
+def _mean(parts: Sequence[Tensor], micro_batches: int, memory: HostMemory) -> Tensor:
     """In pieces that stay in the cache from the first part to the rounding."""
     first = parts[0]
     for part in parts[1:]:
         _check_lengths(first, part)
-    gradient = torch.empty(first.shape, dtype=torch.float32)
+    gradient = memory(first.numel(), torch.float32)
     scratch = torch.empty(min(PIECE_ELEMENTS, first.numel()), dtype=first.dtype)
     for start in range(0, first.numel(), PIECE_ELEMENTS):
         where = slice(start, start + PIECE_ELEMENTS)

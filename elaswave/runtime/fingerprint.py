@@ -87,10 +87,12 @@ class _Probe:
         return done.output
 
     def _update(self, contribution: LayerContribution) -> None:
-        for block, found in contribution.blocks.items():
+        for block, by_block in contribution.blocks.items():
+            found = by_block.flat()
             self._add(found)
             given = found[:_UPDATED_ELEMENTS].to("cpu")
-            total = self._accumulation.begin(given)
+            total = self._accumulation.empty(given.numel())
+            self._accumulation.begin(total, given)
             self._accumulation.add(total, given)
             gradient = self._accumulation.to_gradient([total], self._job.micro_batches)
             self.digest.update(repr(sum_of_squares(gradient)).encode())

@@ -5,7 +5,6 @@ hops begin and end, gradients are contributions of single layers, and tied param
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +13,15 @@ from torch.autograd.graph import _engine_run_backward
 
 from elaswave.core.exact import exact_from_float
 from elaswave.core.facts import LossScalars, NonFinite
-from elaswave.core.ids import BlockId, Layer, Step
+from elaswave.core.ids import Layer, Step
 from elaswave.core.keys import backward_key, layer_key
 from elaswave.core.protocol.state import HopKey
 from elaswave.errors import InvariantError, UserCodeError
 from elaswave.job import Job
+from elaswave.runtime.contribution import Contribution
 from elaswave.runtime.data import MicroBatchData, MicroBatchLoader
 from elaswave.runtime.device import Device, canonical
-from elaswave.runtime.model import PARAMETER_DTYPES, HostedLayer, HostedModel
+from elaswave.runtime.model import PARAMETER_DTYPES, HostedModel
 from elaswave.runtime.user_code import UserCode
 
 
@@ -40,13 +40,13 @@ class Forwarded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerContribution:
-    """Gradient of one layer for one micro-batch: flat by block, in parameter dtype.
+    """Gradient of one layer for one micro-batch, by block.
 
     Valid until the next backward pass of the same layer on this runner. No blocks for a layer without parameters.
     """
 
     layer: Layer
-    blocks: Mapping[BlockId, Tensor]
+    blocks: Contribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +180,11 @@ class HopRunner:
         if targets and result.requires_grad:
             with UserCode(f"backward pass of layer {layer}"):
                 found_gradients = _gradients(result, targets, gradient)
-        _fill(hosted, found_gradients[len(inputs) :])
+        contribution = hosted.gradients.gather(found_gradients[len(inputs) :])
         by_input = found_gradients[0] if inputs else None
         if inputs:
             by_input = torch.zeros_like(kept.input) if by_input is None else canonical(by_input)
-        return by_input, LayerContribution(layer=layer, blocks=hosted.contribution)
+        return by_input, LayerContribution(layer=layer, blocks=contribution)
 
     def _scalars(self, hop: HopKey, loss: float, non_finite: NonFinite | None) -> LossScalars:
         data = self._load(hop)
@@ -209,19 +209,6 @@ def _gradients(result: Tensor, targets: list[Tensor], gradient: Tensor | None) -
         (result,), (start,), False, False, tuple(targets), True, accumulate_grad=False
     )
     return found
-
-
-def _fill(hosted: HostedLayer, gradients: tuple[Tensor | None, ...]) -> None:
-    """Write gradients into the layer's flat contribution; what a parameter did not take part in is zero."""
-    pairs = list(zip(hosted.gradient_views, gradients, strict=True))
-    found = [(view, gradient) for view, gradient in pairs if gradient is not None]
-    if len(found) < len(pairs):
-        torch._foreach_zero_([view for view, gradient in pairs if gradient is None])
-    if found:
-        # One call for all parameters. Letting autograd add into .grad views of a zeroed buffer took as long within the
-        # noise of the measurement (1.0 of this, three sizes of block), and would turn a gradient of -0 into +0.
-        dense = [gradient if gradient.layout is torch.strided else gradient.to_dense() for _, gradient in found]
-        torch._foreach_copy_([view for view, _ in found], dense)
 
 
 def _first_non_finite(hop: HopKey, outputs: list[Tensor]) -> NonFinite | None:

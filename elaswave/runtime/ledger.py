@@ -1,6 +1,6 @@
 """Accumulators with their ledgers: what is in a sum, and the indivisible act of adding to both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from elaswave.core.ids import BlockId, Coverage, MicroBatch
 from elaswave.core.shape import Shard
 from elaswave.errors import InvariantError
 from elaswave.runtime.accumulation import Accumulation
+from elaswave.runtime.contribution import BlockGradient, Contribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class LayerAccumulator:
         self._coverage = Coverage(0)
         self._revoked = False
         self._torn = False
+        self._shown = False  # others may read the sums in place
 
     @property
     def coverage(self) -> Coverage:
@@ -43,7 +45,7 @@ class LayerAccumulator:
         """Refuse everything from now on: the assignment was superseded. What is in stays, and can be read."""
         self._revoked = True
 
-    def add_if(self, tag: Tag, contribution: Mapping[BlockId, Tensor]) -> bool:
+    def add_if(self, tag: Tag, contribution: Contribution) -> bool:
         """Add the contribution and enter it in the ledger, or do neither and return False.
 
         Refused: an invalid tag, a revoked accumulator, a micro-batch that is in the ledger already. Should adding be
@@ -53,30 +55,40 @@ class LayerAccumulator:
             return False
         self._check(contribution)
         self._torn = True
-        for block, tensor in contribution.items():
+        if self._shown:
+            self._sums = {block: self._accumulation.combine([total]) for block, total in self._sums.items()}
+            self._shown = False
+        for block, gradient in contribution.items():
             if self._coverage:
-                self._accumulation.add(self._sums[block], tensor.to("cpu"))
+                _add_pieces(self._accumulation.add, self._sums[block], gradient)
             else:
-                self._sums[block] = self._accumulation.begin(tensor.to("cpu"))
+                self._sums[block] = self._accumulation.empty(gradient.elements)
+                _add_pieces(self._accumulation.begin, self._sums[block], gradient)
         self._coverage = Coverage(self._coverage | 1 << tag.micro_batch)
         self._torn = False
         return True
 
     def partial(self, shard: Shard) -> Tensor:
-        """The part of the sums that belongs to `shard`: a view that later additions change."""
+        """The part of the sums that belongs to `shard`, in place: later additions go to a copy."""
         if self._torn:
             raise InvariantError("an accumulator is read after an addition to it was interrupted")
+        self._shown = True
         total = self._sums.get(shard.block)
         return self._accumulation.zeros(shard.elements) if total is None else total[shard.start : shard.stop]
 
-    def _check(self, contribution: Mapping[BlockId, Tensor]) -> None:
+    def _check(self, contribution: Contribution) -> None:
         if self._torn:
             raise InvariantError("an accumulator is written after an addition to it was interrupted")
-        found = {block: tensor.numel() for block, tensor in contribution.items()}
+        found = {block: gradient.elements for block, gradient in contribution.items()}
         if found != self._elements:
             raise InvariantError(f"a contribution has {found} elements by block, its accumulator {self._elements}")
 
 
-def layer_accumulator(accumulation: Accumulation, contribution: Mapping[BlockId, Tensor]) -> LayerAccumulator:
+def layer_accumulator(accumulation: Accumulation, contribution: Contribution) -> LayerAccumulator:
     """An empty accumulator for contributions that look like this one."""
-    return LayerAccumulator(accumulation, {block: tensor.numel() for block, tensor in contribution.items()})
+    return LayerAccumulator(accumulation, {block: gradient.elements for block, gradient in contribution.items()})
+
+
+def _add_pieces(add: Callable[[Tensor, Tensor], None], total: Tensor, gradient: BlockGradient) -> None:
+    for start, values in gradient.pieces:
+        add(total[start : start + values.numel()], values.to("cpu"))

@@ -34,6 +34,7 @@ from elaswave.runtime.executor import Executor
 from elaswave.runtime.faults import FaultInjector
 from elaswave.runtime.gather import BlockGather
 from elaswave.runtime.hops import HopRunner
+from elaswave.runtime.host_memory import LinkMemory
 from elaswave.runtime.model import HostedModel
 from elaswave.runtime.optimizer import Update
 from elaswave.runtime.reference import result_of
@@ -104,14 +105,16 @@ class TrainingLoop:
     def _build(self, shape: ModelShape, start: Start) -> None:
         runner = HopRunner(self._job, self._model, MicroBatchLoader(self._job), self._device)
         connections, settings = self._connections, self._connections.settings
+        memory = LinkMemory(connections.links)
         parts = ShellParts(
             job=self._job,
             shape=shape,
             protocol=self._protocol,
             model=self._model,
             runner=runner,
-            accumulation=accumulation_of(self._job),
+            accumulation=accumulation_of(self._job, memory),
             links=connections.links,
+            memory=memory,
         )
         self._shell = ProtocolShell(parts, {}, self._on_phase, self._on_decided)
         self._executor = Executor(

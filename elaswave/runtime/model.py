@@ -12,6 +12,7 @@ from elaswave.core.parameters import BlockLayout, Placement
 from elaswave.core.shape import Shard
 from elaswave.errors import InvariantError
 from elaswave.job import Job
+from elaswave.runtime.contribution import GradientGatherer
 from elaswave.runtime.description import build_layer, trainable_parameters
 from elaswave.runtime.device import Device
 
@@ -24,14 +25,12 @@ class HostedLayer:
     """One layer that can run here.
 
     parameters: trainable ones in canonical order; each is a view of its block, so layers that share a tied block keep
-    parameters, and hence gradients, of their own. contribution: gradient of the layer by block, in parameter dtype and
-    zero-padded, overwritten by every backward pass of the layer. gradient_views: parts of them, one per parameter.
+    parameters, and hence gradients, of their own. gradients: brings those of a backward pass into the order of blocks.
     """
 
     module: nn.Module
     parameters: tuple[nn.Parameter, ...]
-    contribution: Mapping[BlockId, Tensor]
-    gradient_views: tuple[Tensor, ...]
+    gradients: GradientGatherer
 
 
 class HostedModel:
@@ -102,10 +101,6 @@ class HostedModel:
     def _build(self, layer: Layer) -> HostedLayer:
         module = build_layer(self._job, layer).train()
         places = self._places.get(layer, {})
-        contribution = {
-            block: torch.zeros(self._layout.blocks[block].elements, dtype=self._dtype, device=self._device.torch_device)
-            for block in sorted({place.block for place in places.values()})
-        }
         parameters = trainable_parameters(module)
         for name, parameter in parameters:
             self._place(parameter, places[name])
@@ -114,8 +109,9 @@ class HostedModel:
         return HostedLayer(
             module=module,
             parameters=tuple(parameter for _, parameter in parameters),
-            contribution=contribution,
-            gradient_views=tuple(view_of(contribution[places[name].block], places[name]) for name, _ in parameters),
+            gradients=GradientGatherer(
+                self._layout, [places[name] for name, _ in parameters], self._dtype, self._device.torch_device
+            ),
         )
 
     def _place(self, parameter: nn.Parameter, place: Placement) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.inbox import Inbox, Received
 from elaswave.comm.links import Links
 from elaswave.core.events import UserLine, WorkerReady
@@ -47,7 +48,13 @@ class Session:
         self._agent.open()
         try:
             settings = self._await_settings()
-            links = Links(self._me, settings.token.encode(), self._inbox, payload_limit_bytes=PAYLOAD_LIMIT_BYTES)
+            links = Links(
+                self._me,
+                settings.token.encode(),
+                self._inbox,
+                payload_limit_bytes=PAYLOAD_LIMIT_BYTES,
+                options=LinkOptions(shared_memory=settings.link_transport == "shared"),
+            )
             address = links.listen(self._address(settings))
             links.start()
             try:

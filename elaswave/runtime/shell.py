@@ -20,6 +20,7 @@ from elaswave.job import Job
 from elaswave.runtime.accumulation import Accumulation
 from elaswave.runtime.codec import bytes_of_tensor, describe_tensor, encode_fact
 from elaswave.runtime.hops import HopRunner, LayerContribution
+from elaswave.runtime.host_memory import HostMemory
 from elaswave.runtime.ledger import LayerAccumulator, Tag, layer_accumulator
 from elaswave.runtime.model import PARAMETER_DTYPES, HostedModel
 from elaswave.runtime.optimizer import Update, Updater, update_of
@@ -52,6 +53,7 @@ class ShellParts:
     runner: HopRunner
     accumulation: Accumulation
     links: Links
+    memory: HostMemory
 
 
 class ProtocolShell:
@@ -68,6 +70,7 @@ class ProtocolShell:
         self._dtype = PARAMETER_DTYPES[parts.job.parameter_dtype]
         self._sums: dict[SumKey, LayerAccumulator] = {}
         self._updates: dict[Step, Update] = {}
+        self._published: dict[ShardId, Tensor] = {}
         self._on_phase = on_phase
         self._on_decided = on_decided
 
@@ -95,8 +98,10 @@ class ProtocolShell:
                 elements = self._parts.shape.shards[effect.shard].elements
                 received = cast(Tensor, effect.payload)
                 self.states[effect.shard] = state_from_bytes(self._parts.job.optimizer, elements, received)
+                self._published.pop(effect.shard, None)
             case do.DropCopy():
                 del self.states[effect.shard]
+                self._published.pop(effect.shard, None)
             case do.HostLayers():
                 self._parts.model.host(effect.layers)
             case do.DiscardHop():
@@ -150,6 +155,7 @@ class ProtocolShell:
 
     def _apply(self, effect: do.Apply) -> None:
         self._on_phase(Step(effect.version), "update")
+        self._published.pop(effect.shard, None)
         self._updater.apply(self.states[effect.shard], cast(Tensor, effect.reduced), self._update(effect.decision))
 
     # ------------------------------------------------------------------ sending
@@ -177,10 +183,18 @@ class ProtocolShell:
         if isinstance(fact, facts.Partial):
             return self._partial(fact), False
         if isinstance(fact, facts.Parameters):
-            return parameters_of(self.states[fact.shard], self._dtype), True
+            return self._publication(fact.shard), False
         if isinstance(fact, facts.State):
             return self.states[fact.shard].serialised(), True
         return cast("Tensor | None", effect.payload), False
+
+    def _publication(self, shard: ShardId) -> Tensor:
+        """A copy of the shard's parameters that stays as it is, one for all who get it."""
+        found = self._published.get(shard)
+        if found is None:
+            master = self.states[shard].master
+            found = self._published[shard] = self._parts.memory(master.numel(), self._dtype).copy_(master)
+        return found
 
     def send_fact(self, to: WorkerId, fact: Fact, payload: Tensor | None, *, copy: bool = False) -> None:
         """Put a fact on the link; one that cannot be reached and is not in the plan gets nothing."""

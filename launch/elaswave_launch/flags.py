@@ -137,7 +137,7 @@ OUR_FLAGS: tuple[Flag, ...] = (
           metavar="BYTES"),
     _ours("--start", "fork: workers from a process that has imported torch; spawn: each from scratch", "fork",
           metavar="fork|spawn"),
-    _ours("--link-transport", "how workers of one machine are connected", "unix", metavar="unix|tcp"),
+    _ours("--link-transport", "how workers of one machine are connected", "shared", metavar="shared|unix|tcp"),
     _ours("--node-suspect-s", "seconds without a beat until a node is lost (default: 3, --standalone 30)", "",
           metavar="SECONDS"),
     _ours("--token-file", "secret shared by all nodes of a job on several machines", metavar="FILE"),

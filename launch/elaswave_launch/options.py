@@ -7,6 +7,7 @@ from pathlib import Path
 
 from elaswave.core.config import ControllerConfig, check_config
 from elaswave.core.injection import Injection, parse_injection
+from elaswave.core.settings import LINK_TRANSPORTS
 from elaswave.errors import ConfigError
 from elaswave_launch.flags import Parsed
 
@@ -239,10 +240,10 @@ def _signals(text: str) -> tuple[signal.Signals, ...]:
 
 
 def _transport(parsed: Parsed, one_machine: bool) -> str:
-    transport = _choice(parsed, "link_transport", ("unix", "tcp"))
+    transport = _choice(parsed, "link_transport", LINK_TRANSPORTS)
     if not one_machine:
-        if transport == "unix" and "link_transport" in parsed.given:
-            raise ConfigError("--link-transport unix: nodes on several machines are connected by tcp")
+        if transport != "tcp" and "link_transport" in parsed.given:
+            raise ConfigError(f"--link-transport {transport}: nodes on several machines are connected by tcp")
         return "tcp"
     return transport
 

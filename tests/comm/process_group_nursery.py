@@ -20,7 +20,12 @@ import torch._dynamo
 import torch.distributed.checkpoint._fsspec_filesystem
 
 from elaswave.lifeline import end_with_parent
-from tests.comm import process_group_endings, process_group_jobs, process_group_training  # noqa: F401 (they add to JOBS)
+from tests.comm import (  # noqa: F401 (they add to JOBS)
+    process_group_endings,
+    process_group_jobs,
+    process_group_native,
+    process_group_training,
+)
 from tests.comm.process_group_place import JOBS, Place
 
 

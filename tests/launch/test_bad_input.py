@@ -39,7 +39,7 @@ CASES = [
     ([*ONE, "--max-restarts", "many"], "--max-restarts many: must be a whole number from 0"),
     ([*ONE, "--log-cap", "1T"], "--log-cap 1T: must be bytes, as 500000, 64M or 2G"),
     ([*ONE, "--start", "thread"], "--start thread: must be fork or spawn"),
-    ([*ONE, "--link-transport", "rdma"], "--link-transport rdma: must be unix or tcp"),
+    ([*ONE, "--link-transport", "rdma"], "--link-transport rdma: must be shared or unix or tcp"),
     ([*ONE, "--node-suspect-s", "0"], "--node-suspect-s 0: must be seconds from 0.3"),
     ([*ONE, "--node-suspect-s", "nan"], "--node-suspect-s nan: must be seconds from 0.3"),
     ([*ONE, "--shutdown-timeout", "inf"], "--shutdown-timeout inf: must be seconds from 0"),

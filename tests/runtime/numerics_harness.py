@@ -137,7 +137,7 @@ class Bench:
             back = self.runner.backward(key, carry(gradient) if index and gradient is not None else gradient)
             gradient = back.input_gradient
             for part in back.contributions:
-                found |= {(part.layer, block): tensor.clone() for block, tensor in part.blocks.items()}
+                found |= {(part.layer, block): gradient.flat() for block, gradient in part.blocks.items()}
         parts = [found[key] for key in sorted(found)]
         scalars = [torch.tensor(exact_to_float(loss.loss), dtype=torch.float64), torch.tensor(loss.samples % 2**62)]
         return [*parts, *scalars]

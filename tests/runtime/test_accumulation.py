@@ -55,8 +55,9 @@ class Oracle:
 
 
 def summed(accumulation: Accumulation, rows: list[Tensor]) -> Tensor:
-    accumulator = accumulation.zeros(rows[0].numel())
-    for row in rows:
+    accumulator = accumulation.empty(rows[0].numel())
+    accumulation.begin(accumulator, rows[0])
+    for row in rows[1:]:
         accumulation.add(accumulator, row)
     return accumulator
 

@@ -8,13 +8,16 @@ from elaswave.core.ids import BlockId, MicroBatch
 from elaswave.core.shape import Shard
 from elaswave.errors import InvariantError
 from elaswave.runtime.accumulation import Exact64Accumulation
+from elaswave.runtime.contribution import BlockGradient, Contribution, whole
 from elaswave.runtime.ledger import LayerAccumulator, Tag, layer_accumulator
 
 OWN, TIED = BlockId(0), BlockId(3)
 
 
-def contribution(value: float) -> dict[BlockId, Tensor]:
-    return {OWN: torch.full((2048,), value), TIED: torch.full((1024,), 10 * value)}
+def contribution(value: float) -> Contribution:
+    own = torch.full((2048,), value)
+    pieces = ((0, own[:100]), (100, own[100:]))
+    return {OWN: BlockGradient(elements=2048, pieces=pieces), TIED: whole(torch.full((1024,), 10 * value))}
 
 
 def tag(micro_batch: int, *, valid: bool = True) -> Tag:
@@ -41,6 +44,15 @@ def test_a_contribution_is_added_once() -> None:
     assert sums(accumulator) == (1.5, 15.0)
 
 
+def test_what_was_read_stays_as_it_was_when_more_is_added() -> None:
+    accumulator = empty()
+    accumulator.add_if(tag(0), contribution(1.0))
+    shown = accumulator.partial(Shard(block=OWN, start=0, stop=1024))
+    accumulator.add_if(tag(1), contribution(1.0))
+    assert shown.unique().tolist() == [1.0]
+    assert sums(accumulator) == (2.0, 20.0)
+
+
 def test_an_invalid_tag_changes_nothing() -> None:
     accumulator = empty()
     assert not accumulator.add_if(tag(1, valid=False), contribution(1.0))
@@ -58,8 +70,10 @@ def test_a_revoked_accumulator_keeps_what_it_has_and_takes_no_more() -> None:
     assert sums(accumulator) == (1.0, 10.0)
 
 
-@pytest.mark.parametrize("wrong", [{OWN: torch.ones(2048)}, {OWN: torch.ones(2048), TIED: torch.ones(1)}])
-def test_a_contribution_that_does_not_fit_is_refused_before_anything_is_added(wrong: dict[BlockId, Tensor]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{OWN: whole(torch.ones(2048))}, {OWN: whole(torch.ones(2048)), TIED: whole(torch.ones(1))}]
+)
+def test_a_contribution_that_does_not_fit_is_refused_before_anything_is_added(wrong: Contribution) -> None:
     accumulator = empty()
     with pytest.raises(InvariantError, match="elements by block"):
         accumulator.add_if(tag(0), wrong)
