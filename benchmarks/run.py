@@ -20,7 +20,17 @@ from common import make_parser
 from elaswave.lifeline import end_with_parent
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("links", "step_time", "redundancy", "startup", "recovery", "detection", "rivals", "communicators")
+NAMES = (
+    "links",
+    "step_time",
+    "redundancy",
+    "startup",
+    "recovery",
+    "detection",
+    "rivals",
+    "communicators",
+    "algorithms",
+)
 WITHOUT_SEED = ("links",)
 
 

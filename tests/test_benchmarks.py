@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("run", "links", "step_time", "redundancy", "startup", "recovery", "detection", "rivals", "communicators")
+SCRIPTS = (
+    "run",
+    "links",
+    "step_time",
+    "redundancy",
+    "startup",
+    "recovery",
+    "detection",
+    "rivals",
+    "communicators",
+    "algorithms",
+)
 sys.path.append(str(FOLDER))
 
 from common import (  # noqa: E402 - the folder of the scripts is on their path only

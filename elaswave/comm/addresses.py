@@ -33,6 +33,9 @@ class LinkOptions:
     shared_memory: bool = False
     """Payloads for peers at Unix sockets travel in memory shared with them. All workers of a job set it alike."""
 
+    checksums: bool = False
+    """Each frame carries a CRC-32 of itself. All workers of a job set it alike; payloads in shared memory have none."""
+
     hello_limit_s: float = 10.0
     """A dial is given up, and an accepted connection dropped, that has not finished its hello by then."""
 

@@ -79,6 +79,8 @@ class Communicator:
         self._joined = False
         self._kept: Tensor | None = None
         self._arrived: dict[tuple[int, int, WorkerId], deque[Tensor]] = {}
+        self.sends_kept = False
+        """The operation that sends now is not acknowledged: it may end before what it has sent has left."""
         self.finished: list[Operation] = []
         """Ended since the endpoint looked last; it calls their callbacks."""
 
@@ -126,30 +128,20 @@ class Communicator:
             return
         if epoch > self.epoch + EPOCHS_AHEAD:
             raise ProtocolError(f"worker {peer} sent a frame of epoch {epoch}; {self.name} is at {self.epoch}")
-        self._arrived.setdefault((epoch, number, peer), deque()).append(payload)
-        if epoch != self.epoch:
+        current = self._current() if epoch == self.epoch else None
+        awaited = current.awaited if current is not None and current.number == number else None
+        if current is None or not isinstance(awaited, Receive) or self.members[awaited.rank] != peer:
+            self._arrived.setdefault((epoch, number, peer), deque()).append(payload)
             return
-        current = self._current()
-        if current is not None and current.number == number:
-            try:
-                self._resume(current)
-            except ProtocolError as error:
-                self.fail(error)
+        try:
+            self._advance(current, self._read(payload, number, awaited))
+        except ProtocolError as error:
+            self.fail(error)
 
     def _current(self) -> Operation | None:
         if self._agreement is not None:
             return self._agreement
         return self._queue[0] if self._queue and not self.broken else None
-
-    def _resume(self, operation: Operation) -> None:
-        """Go on, if what it waits for is here."""
-        awaited = operation.awaited
-        while isinstance(awaited, Receive):
-            payload = self._take(operation.number, awaited)
-            if payload is None:
-                return
-            self._advance(operation, payload)
-            awaited = operation.awaited
 
     def awaited_memory(self) -> Await | None:
         """What the current operation waits for in memory: nobody sends a message of it."""
@@ -170,17 +162,23 @@ class Communicator:
         payload = arrived.popleft()
         if not arrived:
             del self._arrived[key]
+        return self._read(payload, number, awaited)
+
+    def _read(self, payload: Tensor, number: int, awaited: Receive) -> Tensor:
         like = awaited.like
-        if payload.numel() != like.numel() * like.element_size():
+        expected = like.nbytes
+        if payload.numel() != expected:
             raise ProtocolError(
-                f"worker {key[2]} sent {payload.numel()} bytes in operation {number} of {self.name}; this rank expects "
-                f"{like.numel() * like.element_size()}: all ranks must call the same operations with the same shapes"
+                f"worker {self.members[awaited.rank]} sent {payload.numel()} bytes in operation {number} of "
+                f"{self.name}; this rank expects {expected}: all ranks must call the same operations with the same "
+                "shapes"
             )
-        return payload.view(like.dtype) if payload.numel() else torch.empty(0, dtype=like.dtype)
+        return payload.view(like.dtype) if expected else torch.empty(0, dtype=like.dtype)
 
     def _advance(self, operation: Operation, answer: Tensor | None) -> None:
         """Run the generator until it waits for something that is not here, or ends."""
         operation.awaited = None
+        self.sends_kept = operation.keep or operation.number == AGREEMENT
         try:
             while True:
                 command = operation.collective.send(NO_ANSWER if answer is None else answer)
@@ -234,8 +232,15 @@ class Communicator:
     def _complete(self, operation: Operation) -> None:
         self._queue.popleft()
         self._completed = operation.number
-        self._kept = operation.result.clone() if operation.keep and operation.result is not None else None
+        self._keep(operation.result if operation.keep else None)
         self._end(operation, None)
+
+    def _keep(self, result: Tensor | None) -> None:
+        kept = self._kept
+        if result is None or kept is None or kept.dtype != result.dtype or kept.numel() != result.numel():
+            self._kept = None if result is None else result.clone()
+        else:
+            kept.copy_(result)  # memory that was never used before costs more than the copy
 
     def fail(self, error: ElasWaveError) -> None:
         """What is under way cannot go on for another reason than an edit: nor can what follows, until the next edit."""

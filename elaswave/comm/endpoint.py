@@ -27,9 +27,6 @@ NOTICE = 3
 _OPERATION_META = struct.Struct("<QIQ")
 _MESSAGE_META = struct.Struct("<QIq")
 
-COPY_BYTES = 64 << 10
-"""Payloads up to this are copied where they must wait. Larger ones are acknowledged: their operation ends later."""
-
 MEMORY_TURN_S = 0.002
 """Who waits for shared memory looks after messages so often."""
 
@@ -288,13 +285,15 @@ class Endpoint:
 
     def _transmit(self, member: WorkerId, communicator: Communicator, number: int, tensor: Tensor) -> None:
         meta = _OPERATION_META.pack(communicator.identity, communicator.epoch, number)
-        self._send(member, OPERATION, meta, tensor, copy=tensor.numel() * tensor.element_size() <= COPY_BYTES)
+        self._send(member, OPERATION, meta, tensor, copy=communicator.sends_kept)
 
     def _send(self, member: WorkerId, kind: int, meta: bytes, tensor: Tensor, *, copy: bool) -> None:
         payload = tensor.view(torch.uint8).numpy() if tensor.numel() else None
         # A member that was forgotten is about to be removed from the communicator: nothing is lost by not sending.
-        with suppress(LinkClosed):
+        try:
             self._links.send(member, kind, meta, payload, copy=copy)
+        except LinkClosed:
+            return
 
     # ------------------------------------------------------------------ driving
 

@@ -6,12 +6,14 @@ A frame is a header of 24 bytes, little-endian, then `meta_bytes` bytes of meta,
             4  kind           u16   meaning is the caller's
             6  flags          u16   bit 0: good-bye, the last frame, without meta and payload
                                     bit 1: shared, the payload says where in shared memory the real one lies
+                                    bit 2: checked, the last 4 bytes of the meta are `checksum` of all the rest
             8  meta_bytes     u32   at most META_LIMIT_BYTES
            12  sequence       u32   frames of this connection before this one, modulo 2^32
            16  payload_bytes  u64   at most the limit given to the reader
 """
 
 import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +29,8 @@ KIND_LIMIT = 1 << 16
 SEQUENCE_LIMIT = 1 << 32
 GOODBYE = 1
 SHARED = 2
+CHECKED = 4
+CHECKSUM = struct.Struct("<I")
 
 ALIGNMENT_BYTES = 64
 # What is read ahead in one call: many small frames, while the head of a large payload that lands here, and is
@@ -67,6 +71,11 @@ def check_frame(kind: int, meta_bytes: int, payload_bytes: int, payload_limit_by
         )
 
 
+def checksum(head: bytes, meta: bytes | memoryview, payload_sum: int) -> int:
+    """CRC-32 of the payload, then the meta, then the header. payload_sum: that of the payload alone, 0 for none."""
+    return zlib.crc32(head, zlib.crc32(meta, payload_sum))
+
+
 def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
     """Uninitialised bytes that start at a multiple of 64, so that any dtype and vector kernel may view them.
 
@@ -84,8 +93,10 @@ class FrameReader:
     anything is allocated by them. After ProtocolError the connection is of no use any more.
     """
 
-    def __init__(self, payload_limit_bytes: int, deliver: Deliver, borrow: Borrow | None = None) -> None:
-        """`borrow`: None where frames may not refer to shared memory."""
+    def __init__(
+        self, payload_limit_bytes: int, deliver: Deliver, borrow: Borrow | None = None, *, checksums: bool = False
+    ) -> None:
+        """`borrow`: None where frames may not refer to shared memory. checksums: frames without one are refused."""
         self._limit = payload_limit_bytes
         self._deliver = deliver
         self._borrow = borrow
@@ -103,6 +114,9 @@ class FrameReader:
         self._sequence = 0
         self._goodbye = False
         self._shared = False
+        self._must_check = checksums
+        self._checked = False
+        self._head = b""
 
     @property
     def goodbye(self) -> bool:
@@ -147,11 +161,13 @@ class FrameReader:
             raise ProtocolError(f"frame {self._sequence} of kind {kind} after the good-bye")
         if sequence != self._sequence:
             raise ProtocolError(f"frame of kind {kind} has sequence {sequence} where {self._sequence} was due")
-        if flags not in (0, GOODBYE) and not (flags == SHARED and self._borrow is not None):
+        rest = flags & ~CHECKED
+        if rest not in (0, GOODBYE) and not (rest == SHARED and self._borrow is not None):
             raise ProtocolError(f"frame {sequence} of kind {kind} has unknown flags {flags:#06x}")
-        check_frame(kind, meta_bytes, payload_bytes, self._limit)
-        self._goodbye = flags == GOODBYE
-        self._shared = flags == SHARED
+        self._goodbye = rest == GOODBYE
+        self._shared = rest == SHARED
+        self._take_checking(flags, kind, sequence, meta_bytes)
+        check_frame(kind, meta_bytes - (CHECKSUM.size if self._checked else 0), payload_bytes, self._limit)
         if self._goodbye and meta_bytes + payload_bytes:
             raise ProtocolError(f"good-bye with {meta_bytes} bytes of meta and {payload_bytes} of payload, not none")
         self._sequence = (self._sequence + 1) % SEQUENCE_LIMIT
@@ -162,17 +178,29 @@ class FrameReader:
         self._needed = HEADER_BYTES + meta_bytes
         self._in_body = True
 
+    def _take_checking(self, flags: int, kind: int, sequence: int, meta_bytes: int) -> None:
+        self._checked = bool(flags & CHECKED)
+        if self._checked and meta_bytes < CHECKSUM.size:
+            raise ProtocolError(f"frame {sequence} of kind {kind} has {meta_bytes} bytes of meta: no checksum fits in")
+        if self._must_check and not self._checked and not self._goodbye:
+            raise ProtocolError(
+                f"frame {sequence} of kind {kind} has no checksum: set LinkOptions.checksums on all workers, or on none"
+            )
+
     def _fill(self) -> None:
         """Take the meta, and the part of the payload that is here."""
         meta_at = self._start + HEADER_BYTES
         payload_at = meta_at + self._meta_bytes
+        self._head = bytes(self._staging[self._start : meta_at])
         self._meta = bytes(self._staging[meta_at:payload_at])
         self._start = payload_at
         self._needed = HEADER_BYTES
         self._in_body = False
         if self._payload_bytes:
             self._begin_payload(payload_at)
-        elif self._shared:
+            return
+        self._check(NO_PAYLOAD)
+        if self._shared:
             raise ProtocolError(f"frame of kind {self._kind} says that its payload is shared, not where")
         else:
             self._deliver(self._kind, self._meta, NO_PAYLOAD)
@@ -193,9 +221,24 @@ class FrameReader:
 
     def _finish(self) -> None:
         payload, self._payload, self._rest = self._payload, NO_PAYLOAD, None
+        self._check(payload)
         if self._shared and self._borrow is not None:
             payload = self._borrow(payload.tobytes(), self._limit)
         self._deliver(self._kind, self._meta, payload)
+
+    def _check(self, payload: NDArray[np.uint8]) -> None:
+        """Compare the checksum, if there is one, and cut it off the meta."""
+        if not self._checked:
+            return
+        end = len(self._meta) - CHECKSUM.size
+        (given,) = CHECKSUM.unpack_from(self._meta, end)
+        self._meta = self._meta[:end]
+        found = checksum(self._head, self._meta, zlib.crc32(payload.data))
+        if found != given:
+            raise ProtocolError(
+                f"frame of kind {self._kind} with {payload.size} bytes of payload has checksum {found:#010x}, its "
+                f"sender says {given:#010x}: it was damaged on its way"
+            )
 
     def _compact(self) -> None:
         """Move what is left to the front, and make room if the frame's meta needs more than the staging has."""

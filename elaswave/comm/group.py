@@ -9,8 +9,8 @@ from torch import Tensor
 from elaswave.comm.collectives.commands import Collective
 from elaswave.comm.collectives.composed import acknowledged, broadcast, reduce
 from elaswave.comm.collectives.direct import direct_exchange, direct_gather, direct_scatter
-from elaswave.comm.collectives.reduction import Combine, add, even_segments, split
-from elaswave.comm.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from elaswave.comm.collectives.grid import grid_all_gather, grid_all_reduce, grid_reduce_scatter, halved_all_reduce
+from elaswave.comm.collectives.reduction import Combine, add, split, whole_of
 from elaswave.comm.collectives.shared_memory import (
     Arenas,
     shared_all_gather,
@@ -18,14 +18,34 @@ from elaswave.comm.collectives.shared_memory import (
     shared_catch_up,
     shared_reduce_scatter,
 )
-from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier
+from elaswave.comm.collectives.tree import tree_all_gather, tree_all_reduce, tree_barrier
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.endpoint import Endpoint
 from elaswave.comm.operation import Operation
 from elaswave.comm.sharing import Sharing
 
-TREE_LIMIT_BYTES = 32 << 10
-"""All-reduces up to this go through a tree; larger ones round a ring. Measured by benchmarks/communicators.py."""
+# Milliseconds of all-reduces by TCP over loopback: what all ranks together compute, divided by the 2 cores they share.
+# Medians of python benchmarks/algorithms.py --ranks N --sizes 64KB,256KB,1MB,4MB,16MB, on a loaded machine.
+#
+#   ranks, size   tree   halves   grid   direct
+#    8,  64 KB       3        -      9       13
+#    8, 256 KB       4        7     14        -
+#    8,   1 MB      11       11     17       23
+#    8,   4 MB      34       32     36       40
+#    8,  16 MB       -      120    115      122
+#   16, 256 KB      10       18     40        -
+#   16,   1 MB      30       25     45        -
+#   16,   4 MB       -       82    110      133
+#   16,  16 MB       -      357    276      320
+#   32, 256 KB      24        -    112        -
+#   32,   1 MB      60        -    126        -
+#
+# A tree's root works while the others wait: at 1 MB one tree takes twice the time of two, at 4 MB two that of a grid.
+TREE_LIMIT_BYTES = 256 << 10
+"""Results up to this go through one tree, in the fewest frames."""
+
+KEEP_LIMIT_BYTES = 1 << 20
+"""Results that all ranks share, up to this: kept till the next operation, and all-reduces go through two trees."""
 
 _NOTHING = torch.empty(0)
 Finish = Callable[[], object]
@@ -50,14 +70,14 @@ class Group:
         """`tensor` becomes the combination over all ranks; then `finish` is called."""
         rank, size = self._place()
         flat = flat_of(tensor)
-        if flat.numel() * flat.element_size() <= TREE_LIMIT_BYTES and not self._sharing.wanted:
-            collective = tree_all_reduce(rank, size, flat, combine)
+        if flat.nbytes <= KEEP_LIMIT_BYTES and not self._sharing.wanted:
+            chosen = tree_all_reduce if flat.nbytes <= TREE_LIMIT_BYTES else halved_all_reduce
+            collective = chosen(rank, size, flat, combine)
             return self._start("all_reduce", collective, [(tensor, flat)], finish, result=flat)
-        segments = split(flat, even_segments(flat.numel(), size))
         used: list[Arenas] = []
         collective = self._sharing.choose(
             lambda arenas: shared_all_reduce(arenas, flat, combine),
-            lambda: acknowledged(rank, size, ring_all_reduce(rank, segments, combine)),
+            lambda: acknowledged(rank, size, grid_all_reduce(rank, size, flat, combine)),
             used,
         )
         return self._start(
@@ -69,10 +89,15 @@ class Group:
     ) -> Operation:
         """`output` becomes the combination of `inputs[rank]` over all ranks; lengths of inputs may differ."""
         rank, size = self._place()
-        flats = [tensor.reshape(-1).clone() for tensor in inputs]  # partial sums must not be left in the arguments
+        lengths = [tensor.numel() for tensor in inputs]
+        whole = torch.cat([tensor.detach().reshape(-1) for tensor in inputs])  # partial sums are not for the arguments
+        flats = split(whole, lengths)
+        if whole.nbytes <= TREE_LIMIT_BYTES and not self._sharing.wanted:
+            collective = tree_all_reduce(rank, size, whole, combine)
+            return self._start("reduce_scatter", collective, [(output, flats[rank])], finish, result=whole)
         collective = self._sharing.choose(
             lambda arenas: shared_reduce_scatter(arenas, flats, combine),
-            lambda: ring_reduce_scatter(rank, flats, combine),
+            lambda: grid_reduce_scatter(rank, whole, lengths, combine),
         )
         collective = acknowledged(rank, size, collective)
         return self._start("reduce_scatter", collective, [(output, flats[rank])], finish)
@@ -80,20 +105,32 @@ class Group:
     def all_gather(self, outputs: Sequence[Tensor], given: Tensor) -> Operation:
         """`outputs[r]` becomes what rank r has given; lengths may differ."""
         rank, size = self._place()
+        if sum(tensor.nbytes for tensor in outputs) <= KEEP_LIMIT_BYTES and not self._sharing.wanted:
+            return self._gather_kept(outputs, given)
         flats = [flat_of(tensor) for tensor in outputs]
         flats[rank].copy_(given.reshape(-1))
         collective = self._sharing.choose(
-            lambda arenas: shared_all_gather(arenas, flats), lambda: ring_all_gather(rank, flats)
+            lambda arenas: shared_all_gather(arenas, flats), lambda: grid_all_gather(rank, flats)
         )
         collective = acknowledged(rank, size, collective)
         return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)))
+
+    def _gather_kept(self, outputs: Sequence[Tensor], given: Tensor) -> Operation:
+        rank, _ = self._place()
+        lengths = [tensor.numel() for tensor in outputs]
+        whole = whole_of(outputs)
+        flats = split(whole, lengths)
+        flats[rank].copy_(given.reshape(-1))
+        small = whole.nbytes <= TREE_LIMIT_BYTES
+        collective = tree_all_gather(rank, whole, lengths) if small else grid_all_gather(rank, flats)
+        return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)), result=whole)
 
     def broadcast(self, tensor: Tensor, root: int) -> Operation:
         """`tensor` becomes that of the root."""
         rank, size = self._place()
         flat = flat_of(tensor)
         collective = broadcast(rank, size, root, flat)
-        if flat.numel() * flat.element_size() <= TREE_LIMIT_BYTES:
+        if flat.nbytes <= KEEP_LIMIT_BYTES:
             return self._start("broadcast", collective, [(tensor, flat)], result=flat)
         return self._start("broadcast", acknowledged(rank, size, collective), [(tensor, flat)])
 

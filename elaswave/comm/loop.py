@@ -19,7 +19,12 @@ EVENTS_PER_TURN = 64
 # Frame by frame it leads again within 10 to 100 us, in which the daemon must not be woken; computing takes
 # milliseconds, and what comes meanwhile fits the socket buffers at first. The timer is not set anew for each lead, as
 # that costs up to 20 us in a virtual machine.
-GRACE_S = 0.002
+GRACE_S = 0.004
+# It is busy if it has computed for so much of that time. If it has not, it most likely waits for a CPU among many
+# processes: a daemon that took over then would only make it wait longer.
+BUSY_S = 0.003
+PATIENCE = 5
+"""Looks after which the daemon takes over whatever the consumer does."""
 
 Command = Callable[[], None]
 
@@ -31,12 +36,45 @@ class Handler(Protocol):
         """The socket is ready as `events` (EPOLL flags) say, or was: must not block, must bear a false alarm."""
 
 
+class Consumer:
+    """What the daemon knows of the thread that leads now and then."""
+
+    def __init__(self) -> None:
+        self._thread = 0
+        self._clock = time.CLOCK_MONOTONIC
+        self._leads = 0
+        self._seen = 0  # the leads, and the time the thread had computed, when the daemon looked last
+        self._computed_s = 0.0
+        self._looks = 0
+
+    def leads(self) -> None:
+        """The calling thread leads."""
+        self._leads += 1
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            self._clock = time.pthread_getcpuclockid(self._thread)
+
+    def is_busy(self) -> bool:
+        """Whether it has done something else since the last look; daemon only."""
+        try:
+            computed_s = time.clock_gettime(self._clock)
+        except OSError:
+            return True  # the thread has ended
+        before_s, self._computed_s = self._computed_s, computed_s
+        if self._seen != self._leads:
+            self._seen = self._leads
+            self._looks = 0
+            return False
+        self._looks += 1
+        return computed_s - before_s >= BUSY_S or self._looks >= PATIENCE
+
+
 class Loop:
     """epoll, timers, and commands of other threads, run by one daemon thread.
 
     A thread that has nothing to do but wait for what the loop brings may lead instead (`lead`, `turn`, `follow`): it
     then runs the turns itself and the daemon sleeps, which saves each message a change of thread. The daemon takes over
-    if nobody leads when it looks, GRACE_S after the end of some lead. Turns exclude one another.
+    if nobody leads and the thread is busy when it looks, every GRACE_S after a lead. Turns exclude one another.
 
     `watch`, `unwatch` and `call_at` are for whoever runs the turn; `call_soon`, `wake` and `rearm` for any thread. A
     socket given to `unwatch` is closed at the end of the turn, so that no event of that turn can meet another socket of
@@ -58,6 +96,7 @@ class Loop:
         self._daemon_epoll: select.epoll | None = None  # the alarm, and the other epoll while the daemon serves
         self._daemon_serves = True
         self._led = False
+        self._consumer = Consumer()
         self._grace = Alarm(GRACE_S)
         self._grace_set = False
         self._thread: threading.Thread | None = None
@@ -103,6 +142,7 @@ class Loop:
             self._daemon_epoll.unregister(self._epoll)
             self._daemon_serves = False
         self._led = True
+        self._consumer.leads()
         return True
 
     def follow(self) -> None:
@@ -111,10 +151,13 @@ class Loop:
         self._turn_lock.release()
         # After the release, as the daemon tries the lock after it has marked the alarm as over: one sees the other.
         if not self._grace_set:
-            with self._wake_lock:
-                if self._wake_fd >= 0:
-                    self._grace_set = True
-                    self._grace.set()
+            self._set_grace()
+
+    def _set_grace(self) -> None:
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                self._grace_set = True
+                self._grace.set()
 
     def call_soon(self, command: Command) -> None:
         """Have `command` run in a turn; dropped if the loop has ended. Any thread; never blocks."""
@@ -166,9 +209,13 @@ class Loop:
                 self._grace.clear()
                 self._grace_set = False
             if self._turn_lock.acquire(blocking=False):  # else who leads sets the alarm when it ends
-                self.turn(0.0)
-                timeout = self._timeout()
-                self._turn_lock.release()
+                if self._daemon_serves or self._consumer.is_busy():
+                    self.turn(0.0)
+                    timeout = self._timeout()
+                    self._turn_lock.release()
+                else:
+                    self._turn_lock.release()
+                    self._set_grace()
         with self._turn_lock:
             self._finish()
 

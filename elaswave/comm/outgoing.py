@@ -63,6 +63,7 @@ class Outgoing:
             direct_bytes=options.direct_bytes,
             limit_bytes=options.queue_limit_bytes,
             rearm=loop.rearm,
+            checksums=options.checksums,
         )
         self._me = me
         self._token = token

@@ -3,10 +3,11 @@
 import select
 import socket
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable
 
-from elaswave.comm.frames import HEADER_BYTES, encode_goodbye, encode_header
+from elaswave.comm.frames import CHECKED, CHECKSUM, HEADER_BYTES, checksum, encode_goodbye, encode_header
 from elaswave.errors import ElasWaveError, PeerError
 
 # Frames up to this are joined into one piece of memory: one copy is cheaper than one more entry for sendmsg.
@@ -33,11 +34,14 @@ class SendQueue:
     only after `detach`, so no thread can write to another socket of the same number.
     """
 
-    def __init__(self, peer_name: str, *, direct_bytes: int, limit_bytes: int | None, rearm: Rearm) -> None:
+    def __init__(
+        self, peer_name: str, *, direct_bytes: int, limit_bytes: int | None, rearm: Rearm, checksums: bool = False
+    ) -> None:
         self._peer_name = peer_name
         self._direct_bytes = direct_bytes
         self._limit_bytes = limit_bytes
         self._rearm = rearm
+        self._checksums = checksums
         self._lock = threading.Lock()
         self._parts: deque[Part] = deque()
         self._queued_bytes = 0
@@ -60,13 +64,20 @@ class SendQueue:
         its cause.
         """
         payload_bytes = 0 if payload is None else len(payload)
-        total = HEADER_BYTES + len(meta) + payload_bytes
+        meta_bytes, payload_sum = len(meta), 0
+        if self._checksums:
+            flags |= CHECKED
+            meta_bytes += CHECKSUM.size
+            payload_sum = zlib.crc32(payload) if payload is not None else 0
+        total = HEADER_BYTES + meta_bytes + payload_bytes
         with self._lock:
             self._check_open(total)
             head = encode_header(
-                kind=kind, meta_bytes=len(meta), payload_bytes=payload_bytes, sequence=self._sequence, flags=flags
+                kind=kind, meta_bytes=meta_bytes, payload_bytes=payload_bytes, sequence=self._sequence, flags=flags
             )
             self._sequence += 1
+            if self._checksums:
+                meta += CHECKSUM.pack(checksum(head, meta, payload_sum))
             parts = _join(head, meta, payload, total)
             first = not self._queued_bytes
             if first and not self._writing and self._socket is not None:
@@ -75,6 +86,8 @@ class SendQueue:
                     return False
                 parts = _after(parts, sent)
                 total -= sent
+            # What is checked must not change: the receiver would take that for damage, and the sender for lost.
+            copy |= self._checksums
             self._parts.extend(bytes(part) if copy else part for part in parts)
             self._queued_bytes += total
             if self._socket is None:

@@ -89,7 +89,8 @@ class Switchboard:
             self._break(peer, Ending(error=LinkClosed(f"worker {peer} dialled anew")))
         shares = self._pool is not None and opened.family == socket.AF_UNIX
         borrow = PeerMemory(process_behind(opened)).borrow if shares else None
-        reader = FrameReader(self._payload_limit_bytes, self._deliverer(peer), borrow)
+        checksums = self._options.checksums
+        reader = FrameReader(self._payload_limit_bytes, self._deliverer(peer), borrow, checksums=checksums)
         incoming = Incoming(peer, opened, self, reader)
         self._incoming[peer] = incoming
         self._accepted += 1

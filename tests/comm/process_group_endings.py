@@ -134,7 +134,7 @@ def stopped(place: Place) -> object:
                 loss_of(model, batch_of(rank, 0)).backward()
 
         calls: dict[str, Callable[[], object]] = {
-            "all_reduce": lambda: dist.all_reduce(torch.ones(50_000)),
+            "all_reduce": lambda: dist.all_reduce(torch.ones(500_000)),
             "recv": lambda: dist.recv(torch.ones(3), 2),
             "ddp": step,
         }
@@ -212,7 +212,7 @@ def lose_the_store(place: Place) -> object:
         os.kill(pid, signal.SIGKILL)
     dist.barrier()
     if rank == 1:
-        die_after(group, 2)
+        die_after(group, 0)
     start = time.monotonic()
     with raises(LinkClosed, match="store"), group.guard():
         loss_of(model, batch_of(rank, 0)).backward()

@@ -1,6 +1,8 @@
 """Collectives against naive oracles, all ranks in one process, frames in any order."""
 
+import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +20,14 @@ from elaswave.comm.collectives.direct import (
     direct_reduce_scatter,
     direct_scatter,
 )
-from elaswave.comm.collectives.reduction import add, even_segments, maximum, split
-from elaswave.comm.collectives.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from elaswave.comm.collectives.grid import (
+    dimensions_of,
+    grid_all_gather,
+    grid_all_reduce,
+    grid_reduce_scatter,
+    halved_all_reduce,
+)
+from elaswave.comm.collectives.reduction import Combine, add, even_segments, maximum, split, whole_of
 from elaswave.comm.collectives.shared_memory import (
     HEADER_BYTES,
     Arenas,
@@ -28,11 +36,11 @@ from elaswave.comm.collectives.shared_memory import (
     shared_catch_up,
     shared_reduce_scatter,
 )
-from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier
+from elaswave.comm.collectives.tree import tree_all_gather, tree_all_reduce, tree_barrier
 from elaswave.core.ids import WorkerId
 from tests.comm.simulated import Network
 
-sizes = st.integers(1, 9)
+sizes = st.integers(1, 12)
 seeds = st.integers(0, 1 << 20)
 lengths = st.integers(0, 40)
 
@@ -56,16 +64,16 @@ def run(seed: int, collectives: list[Collective]) -> None:
     assert all(operation.finished and operation.error is None for operation in operations)
 
 
-@given(sizes, lengths, seeds, st.booleans())
-@settings(deadline=None, max_examples=60)
-def test_all_reduce_gives_the_sum_and_the_same_bits_on_all_ranks(size: int, length: int, seed: int, tree: bool) -> None:
+@given(sizes, lengths, seeds, st.sampled_from((tree_all_reduce, halved_all_reduce, grid_all_reduce)))
+@settings(deadline=None, max_examples=100)
+def test_all_reduce_gives_the_sum_and_the_same_bits_on_all_ranks(
+    size: int, length: int, seed: int, all_reduce: Callable[[int, int, Tensor, Combine], Collective]
+) -> None:
     tensors = [values(rank, length) for rank in range(size)]
     expected = sum(tensors, torch.zeros(length, dtype=torch.float64))
 
     def make(rank: int) -> Collective:
-        if tree:
-            return tree_all_reduce(rank, size, tensors[rank], add)
-        return acknowledged(rank, size, ring_all_reduce(rank, split(tensors[rank], even_segments(length, size)), add))
+        return acknowledged(rank, size, all_reduce(rank, size, tensors[rank], add))
 
     run(seed, [make(rank) for rank in range(size)])
     assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
@@ -76,21 +84,71 @@ def test_all_reduce_gives_the_sum_and_the_same_bits_on_all_ranks(size: int, leng
     assert torch.equal(tensors[0], first), "the bits depend on the order of arrival"
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=7), seeds, st.booleans())
-@settings(deadline=None, max_examples=60)
-def test_reduce_scatter_and_all_gather_with_uneven_segments(counts: list[int], seed: int, ring: bool) -> None:
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=12), seeds, st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_reduce_scatter_and_all_gather_with_uneven_segments(counts: list[int], seed: int, direct: bool) -> None:
     size = len(counts)
     tensors = [values(rank, sum(counts)) for rank in range(size)]
     expected = split(sum(tensors, torch.zeros(sum(counts), dtype=torch.float64)), counts)
     segments = [split(tensor, counts) for tensor in tensors]
-    scatter = ring_reduce_scatter if ring else direct_reduce_scatter
-    gather = ring_all_gather if ring else direct_all_gather
-    run(seed, [acknowledged(rank, size, scatter(rank, segments[rank], add)) for rank in range(size)])
+    gather = direct_all_gather if direct else grid_all_gather
+
+    def scatter(rank: int) -> Collective:
+        if direct:
+            return direct_reduce_scatter(rank, segments[rank], add)
+        return grid_reduce_scatter(rank, tensors[rank], counts, add)
+
+    run(seed, [acknowledged(rank, size, scatter(rank)) for rank in range(size)])
     for rank in range(size):
         torch.testing.assert_close(segments[rank][rank], expected[rank])
     run(seed, [acknowledged(rank, size, gather(rank, segments[rank])) for rank in range(size)])
     assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
     torch.testing.assert_close(tensors[0], torch.cat(expected))
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=9), seeds, st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_all_gather_through_a_tree_and_into_tensors_that_lie_apart(counts: list[int], seed: int, tree: bool) -> None:
+    size = len(counts)
+    expected = torch.cat([values(rank, count) for rank, count in enumerate(counts)])
+    wholes = [values(99, sum(counts)) for _ in range(size)]
+    apart = [[values(99, count) for count in counts] for _ in range(size)]
+    for rank, count in enumerate(counts):
+        split(wholes[rank], counts)[rank].copy_(values(rank, count))
+        apart[rank][rank].copy_(values(rank, count))
+    if tree:
+        run(seed, [acknowledged(rank, size, tree_all_gather(rank, wholes[rank], counts)) for rank in range(size)])
+        assert all(torch.equal(whole, expected) for whole in wholes)
+    else:
+        run(seed, [acknowledged(rank, size, grid_all_gather(rank, apart[rank])) for rank in range(size)])
+        assert all(torch.equal(torch.cat(segments), expected) for segments in apart)
+
+
+def test_dimensions_multiply_to_the_number_of_ranks() -> None:
+    for size in range(1, 100):
+        assert math.prod(dimensions_of(size)) == size
+    assert [dimensions_of(size) for size in (1, 2, 4, 6, 8, 24, 31, 32)] == [
+        (),
+        (2,),
+        (4,),
+        (2, 3),
+        (4, 2),
+        (4, 2, 3),
+        (31,),
+        (4, 4, 2),
+    ]
+
+
+def test_a_whole_is_a_view_only_of_what_lies_in_one_piece_of_memory() -> None:
+    tensor = torch.arange(12.0)
+    pieces = [*tensor[2:].split([3, 0, 7])]
+    assert whole_of(pieces).data_ptr() == tensor[2:].data_ptr()
+    assert torch.equal(whole_of(pieces), tensor[2:])
+    for apart in ([tensor[:2], tensor[3:5]], [tensor[2:4], tensor[:2]], [tensor[::2]], [torch.ones(2), torch.ones(2)]):
+        found = whole_of(apart)
+        assert found.numel() == sum(piece.numel() for piece in apart)
+        assert all(found.data_ptr() != piece.data_ptr() for piece in apart)
+    assert whole_of([tensor[:0], tensor[5:5]]).numel() == 0
 
 
 @given(sizes, lengths, seeds, st.integers(0, 8))

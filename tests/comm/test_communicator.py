@@ -8,8 +8,8 @@ from torch import Tensor
 
 from elaswave.comm.collectives.commands import Collective
 from elaswave.comm.collectives.composed import acknowledged
-from elaswave.comm.collectives.reduction import add, even_segments, split
-from elaswave.comm.collectives.ring import ring_all_reduce
+from elaswave.comm.collectives.grid import grid_all_reduce, halved_all_reduce
+from elaswave.comm.collectives.reduction import add
 from elaswave.comm.collectives.tree import tree_all_reduce
 from elaswave.comm.communicator import without
 from elaswave.comm.operation import Operation
@@ -24,8 +24,12 @@ def small(rank: int, size: int, tensor: Tensor) -> Collective:
     return tree_all_reduce(rank, size, tensor, add)
 
 
+def middle(rank: int, size: int, tensor: Tensor) -> Collective:
+    return halved_all_reduce(rank, size, tensor, add)
+
+
 def large(rank: int, size: int, tensor: Tensor) -> Collective:
-    return acknowledged(rank, size, ring_all_reduce(rank, split(tensor, even_segments(LENGTH, size)), add))
+    return acknowledged(rank, size, grid_all_reduce(rank, size, tensor, add))
 
 
 class Walk:
@@ -35,7 +39,7 @@ class Walk:
         self.generator = random.Random(seed)
         size = self.generator.randint(2, 7)
         self.network = Network(size, self.generator)
-        self.keep = bool(self.generator.randrange(2))
+        self.make, self.keep = self.generator.choice(((small, True), (middle, True), (large, False)))
         self.results: dict[WorkerId, list[float]] = {worker: [] for worker in self.network.alive}
         self.current: dict[WorkerId, tuple[Operation, Tensor]] = {}
         self.gone: list[WorkerId] = []
@@ -84,10 +88,7 @@ class Walk:
 
     def _start(self, worker: WorkerId) -> None:
         tensor = torch.ones(LENGTH)
-        self.current[worker] = (
-            self.network.start(worker, small if self.keep else large, tensor, keep=self.keep),
-            tensor,
-        )
+        self.current[worker] = (self.network.start(worker, self.make, tensor, keep=self.keep), tensor)
 
     def finish(self) -> None:
         """Everybody hears of everything and works until as much has succeeded as anywhere, and a bit more."""

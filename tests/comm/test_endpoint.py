@@ -207,3 +207,29 @@ def test_a_lost_peer_is_reported_to_who_waits(tmp_path: Path) -> None:
             endpoint.wait(operation)
         endpoint.acknowledge(groups[0].communicator, time.monotonic() + LIMIT_S)
         assert sum_of_ones(groups[0]) == 1.0
+
+
+@pytest.mark.parametrize("length", [1, 3, 7_000, 50_000, 90_000])
+def test_collectives_of_all_sizes_give_what_all_ranks_have_given(tmp_path: Path, length: int) -> None:
+    """Sizes on both sides of each limit in group.py; parts of different lengths, next to each other and apart."""
+    size = 6
+    lengths = [length + rank for rank in range(size)]
+    with gang(tmp_path, size) as made:
+        groups = made.groups()
+
+        def work(rank: int) -> None:
+            group, wait = groups[rank], made.endpoints[rank].wait
+            tensor = torch.full((size * length,), rank + 1.0)
+            wait(group.all_reduce(tensor))
+            assert bool((tensor == 21).all())
+            inputs = [torch.full((count,), float(rank + place)) for place, count in enumerate(lengths)]
+            output = torch.empty(lengths[rank])
+            wait(group.reduce_scatter(output, inputs))
+            assert bool((output == 15 + size * rank).all())
+            assert all(bool((given == rank + place).all()) for place, given in enumerate(inputs))
+            whole = torch.full((sum(lengths),), -1.0)
+            for outputs in (list(whole.split(lengths)), [torch.full((count,), -1.0) for count in lengths]):
+                wait(group.all_gather(outputs, torch.full((lengths[rank],), rank + 0.5)))
+                assert all(bool((found == place + 0.5).all()) for place, found in enumerate(outputs))
+
+        made.on_all(work)

@@ -126,7 +126,7 @@ GIB = 1 << 30
         ({"sequence": 0}, ["sequence 0", "1 was due"]),
         ({"sequence": 2}, ["sequence 2", "1 was due"]),
         ({"flags": 2}, ["flags 0x0002"]),
-        ({"flags": GOODBYE | 4}, ["flags 0x0005"]),
+        ({"flags": GOODBYE | 8}, ["flags 0x0009"]),
         ({"meta_bytes": (1 << 20) + 1}, ["1048577", "1048576"]),
         ({"meta_bytes": (1 << 32) - 1}, ["4294967295", "1048576"]),
         ({"payload_bytes": LIMIT + 1}, [str(LIMIT + 1), str(LIMIT), "payload_limit_bytes"]),

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from elaswave.comm.loop import Loop
+from elaswave.comm.loop import BUSY_S, PATIENCE, Consumer, Loop
 
 LIMIT_S = 20.0
 
@@ -162,3 +162,24 @@ def test_no_event_of_a_closed_socket_meets_the_next_of_its_number(loop: Loop) ->
     for near, far in (*pairs, *opened):
         near.close()
         far.close()
+
+
+def test_a_consumer_is_busy_once_it_has_computed_or_was_away_for_long() -> None:
+    consumer = Consumer()
+    consumer.leads()
+    assert not consumer.is_busy(), "it has led since the last look"
+    end = time.thread_time() + 2 * BUSY_S
+    while time.thread_time() < end:
+        pass
+    assert consumer.is_busy(), "it has computed since the last look"
+    consumer.leads()
+    found = [consumer.is_busy() for _ in range(PATIENCE + 1)]
+    assert found == [False] * PATIENCE + [True], "it has done nothing, as if it waited for a CPU"
+
+
+def test_a_consumer_that_has_ended_does_not_keep_the_daemon_waiting() -> None:
+    consumer = Consumer()
+    thread = threading.Thread(target=consumer.leads)
+    thread.start()
+    thread.join()
+    assert any(consumer.is_busy() for _ in range(PATIENCE + 1)), "the daemon takes over"

@@ -12,8 +12,8 @@ from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier, tree_b
 _NOTHING = torch.empty(0)
 
 
-def rotated(collective: Collective, shift: int, size: int) -> Collective:
-    """The same with rank r in the part of rank r - shift: a root other than 0."""
+def placed(collective: Collective, ranks: Sequence[int]) -> Collective:
+    """The same among some ranks, or in another order of them: rank r of the collective is `ranks[r]`."""
     answer = NO_ANSWER
     while True:
         try:
@@ -22,11 +22,16 @@ def rotated(collective: Collective, shift: int, size: int) -> Collective:
             return
         match command:
             case Send():
-                answer = yield Send((command.rank + shift) % size, command.tensor)
+                answer = yield Send(ranks[command.rank], command.tensor)
             case Receive():
-                answer = yield Receive((command.rank + shift) % size, command.like)
+                answer = yield Receive(ranks[command.rank], command.like)
             case _:
                 answer = yield command
+
+
+def rotated(collective: Collective, shift: int, size: int) -> Collective:
+    """The same with rank r in the part of rank r - shift: a root other than 0."""
+    yield from placed(collective, [(rank + shift) % size for rank in range(size)])
 
 
 def broadcast(rank: int, size: int, root: int, tensor: Tensor) -> Collective:

@@ -8,9 +8,9 @@ from elaswave.comm.collectives.commands import Collective, Receive, Send
 from elaswave.comm.collectives.reduction import Combine
 
 
-def others_from(rank: int, size: int) -> list[int]:
-    """All ranks but this one, starting with the next, so that not everybody begins with the same one."""
-    return [(rank + distance) % size for distance in range(1, size)]
+def others_from(place: int, size: int) -> list[int]:
+    """All places but this one, starting with the next, so that not everybody begins with the same one."""
+    return [(place + distance) % size for distance in range(1, size)]
 
 
 def direct_exchange(rank: int, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> Collective:
@@ -23,27 +23,32 @@ def direct_exchange(rank: int, outgoing: Sequence[Tensor], incoming: Sequence[Te
         incoming[other].copy_((yield Receive(other, incoming[other])))
 
 
-def direct_reduce_scatter(rank: int, segments: Sequence[Tensor], combine: Combine) -> Collective:
-    """Segment `rank` becomes the combination over all ranks, combined in the order of ranks; others stay."""
-    size = len(segments)
-    for other in others_from(rank, size):
-        yield Send(other, segments[other])
-    parts: list[Tensor] = []
-    for other in range(size):
-        parts.append(segments[rank] if other == rank else (yield Receive(other, segments[rank])))
-    total = parts[0] if rank else parts[0].clone()
-    for part in parts[1:]:
-        combine(total, part)
-    segments[rank].copy_(total)
+def direct_reduce_scatter(
+    place: int, segments: Sequence[Tensor], combine: Combine, ranks: Sequence[int] | None = None
+) -> Collective:
+    """Segment `place` becomes the combination over all `ranks` (None: everybody), in their order; others stay.
+
+    place: of this rank among `ranks`.
+    """
+    mine, size = segments[place], len(segments)
+    ranks = range(size) if ranks is None else ranks
+    for other in others_from(place, size):
+        yield Send(ranks[other], segments[other])
+    total = mine if place == 0 else (yield Receive(ranks[0], mine))
+    for other in range(1, size):
+        combine(total, mine if other == place else (yield Receive(ranks[other], mine)))
+    if place:
+        mine.copy_(total)
 
 
-def direct_all_gather(rank: int, segments: Sequence[Tensor]) -> Collective:
-    """Every segment becomes that of the rank of its number."""
+def direct_all_gather(place: int, segments: Sequence[Tensor], ranks: Sequence[int] | None = None) -> Collective:
+    """Every segment becomes that of the rank of its place among `ranks` (None: everybody)."""
     size = len(segments)
-    for other in others_from(rank, size):
-        yield Send(other, segments[rank])
-    for other in reversed(others_from(rank, size)):
-        segments[other].copy_((yield Receive(other, segments[other])))
+    ranks = range(size) if ranks is None else ranks
+    for other in others_from(place, size):
+        yield Send(ranks[other], segments[place])
+    for other in reversed(others_from(place, size)):
+        segments[other].copy_((yield Receive(ranks[other], segments[other])))
 
 
 def direct_scatter(rank: int, root: int, outgoing: Sequence[Tensor], incoming: Tensor) -> Collective:

@@ -28,3 +28,21 @@ def even_segments(elements: int, count: int) -> tuple[int, ...]:
 def split(tensor: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
     """Views of a flat tensor."""
     return torch.split(tensor, list(lengths))
+
+
+def whole_of(tensors: Sequence[Tensor]) -> Tensor:
+    """A flat tensor for the elements of all: a view of them, if they lie one after the other in memory, else new."""
+    total = sum(tensor.numel() for tensor in tensors)
+    filled = [tensor.detach() for tensor in tensors if tensor.numel()]
+    if not filled:
+        return tensors[0].new_empty(0)
+    first = filled[0]
+    end = first.data_ptr()
+    for tensor in filled:
+        if not tensor.is_contiguous() or tensor.data_ptr() != end:
+            return first.new_empty(total)
+        end += tensor.nbytes
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():
+        return first.new_empty(total)
+    return first.as_strided((total,), (1,))

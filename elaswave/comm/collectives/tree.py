@@ -1,9 +1,12 @@
 """Tree: up to the root and down again, in a number of hops that grows with the logarithm. For what is small."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from elaswave.comm.collectives.commands import Collective, Receive, Send
-from elaswave.comm.collectives.reduction import Combine
+from elaswave.comm.collectives.reduction import Combine, split
 
 FAN_OUT = 3
 """Children of a rank. A wider tree has fewer levels, of which each costs a change of process."""
@@ -42,6 +45,14 @@ def tree_all_reduce(rank: int, size: int, tensor: Tensor, combine: Combine) -> C
     yield from tree_broadcast(rank, size, tensor)
 
 
+def tree_all_gather(rank: int, whole: Tensor, lengths: Sequence[int]) -> Collective:
+    """Every segment of `whole`, of these lengths, becomes that of the rank of its number."""
+    for place, segment in enumerate(split(whole, lengths)):
+        if place != rank:
+            segment.zero_()
+    yield from tree_all_reduce(rank, len(lengths), whole.view(torch.uint8), _either)
+
+
 def tree_barrier(rank: int, size: int, empty: Tensor) -> Collective:
     """Nobody leaves before everybody has entered. `empty` has no elements."""
     yield from tree_all_reduce(rank, size, empty, _nothing)
@@ -49,3 +60,7 @@ def tree_barrier(rank: int, size: int, empty: Tensor) -> Collective:
 
 def _nothing(into: Tensor, other: Tensor) -> None:
     del into, other
+
+
+def _either(into: Tensor, other: Tensor) -> None:
+    into.bitwise_or_(other)
