@@ -59,7 +59,7 @@ class Gang:
     def recover(self, worker: WorkerId) -> float:
         """Hear of a loss, go on without the lost ones, and add up."""
         fabric = self.fabrics[worker]
-        fabric.await_loss(time.monotonic() + LIMIT_S)
+        fabric.endpoint.drive(lambda: fabric.broken, time.monotonic() + LIMIT_S, "news of the loss")
         fabric.reconfigure()
         return self.sum_of_ones(worker)
 
