@@ -77,7 +77,7 @@ class Sharing:
     def _find(self) -> Collective:
         members, rank, epoch = self._communicator.members, self._communicator.rank, self._communicator.epoch
         if self._arenas is not None:
-            # Should this be broken off, then what was found before counts no more: a member may have come anew.
+            # Not those that were found before: a member has come, perhaps one that has no memory.
             self._turns, self._arenas = self._arenas.turns, None
         names = torch.zeros((len(members), NAME_BYTES), dtype=torch.uint8)
         found = torch.tensor([0, self._turns])  # whether somebody has no memory, and the last turn of any rank

@@ -77,6 +77,12 @@ class Network:
         """A survivor hears of a loss."""
         self.ranks[worker].edit(epoch, gone, (), 0.0)
 
+    def join(self, worker: WorkerId, members: list[WorkerId], epoch: int) -> None:
+        """A new rank takes part from this epoch on."""
+        self.ranks[worker] = self._communicator(worker, members)
+        self.alive.add(worker)
+        self.ranks[worker].join(epoch, 0.0)
+
     def run(self) -> None:
         """Deliver everything."""
         waiting = True
