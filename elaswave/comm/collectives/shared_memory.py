@@ -64,8 +64,8 @@ class Arenas:
         for rank, head in enumerate(self._heads):
             if head[place] != expected_bytes:
                 raise ProtocolError(
-                    f"rank {rank} works on {head[place]} bytes, while rank {self.rank} expects {expected_bytes}: all "
-                    "ranks must call the same operations with the same shapes"
+                    f"rank {rank} works on {head[place]} bytes, while rank {self.rank} expects {expected_bytes} bytes: "
+                    "all ranks must call the same operations with the same shapes"
                 )
 
     def meet(self) -> Collective:
