@@ -115,7 +115,8 @@ def test_collectives_go_on_after_a_loss(nursery: Nursery, tmp_path: Path, worker
 
 @pytest.mark.parametrize("length", [100, 50_000])
 def test_a_rank_killed_in_a_barrier(nursery: Nursery, tmp_path: Path, length: int) -> None:
-    nursery.run("killed_in_a_barrier", 4, tmp_path, killed=(2,), length=length)
+    succeeded = nursery.run("killed_in_a_barrier", 4, tmp_path, killed=(2,), length=length)
+    assert len(set(succeeded.values())) == 1, succeeded
 
 
 @pytest.mark.parametrize(
