@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import threading
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         """Raises ConfigError where there is no memory, or no descriptor, for it."""
         self._file = -1
+        self._lock = threading.Lock()
         try:
             self._file = os.memfd_create("elaswave-arena", os.MFD_CLOEXEC)
             os.ftruncate(self._file, nbytes)
@@ -28,10 +30,11 @@ class Arena:
         self.name = f"{os.fstat(self._file).st_ino}:/proc/{os.getpid()}/fd/{self._file}"
 
     def close(self) -> None:
-        """Nobody can open it any more; who has it open keeps it."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Nobody can open it any more; who has it open keeps it. Any thread; a second call does nothing."""
+        with self._lock:
+            file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
 def open_arena(name: str, nbytes: int) -> Tensor:

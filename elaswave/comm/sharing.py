@@ -106,9 +106,8 @@ class Sharing:
         self._opened[worker] = name, self._own.tensor if mine and self._own else open_arena(name, self._arena_bytes)
 
     def close(self) -> None:
-        """Let go of the memory; what an operation still uses lasts until its end."""
-        if self._own is not None:
-            self._own.close()
-            self._own = None
+        """Let go of the memory; any thread, once nothing is under way. A second call does nothing."""
+        own, self._own, self._arenas = self._own, None, None
+        if own is not None:
+            own.close()
         self._opened.clear()
-        self._arenas = None

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -276,14 +276,13 @@ def abort_from_threads(place: Place) -> object:
             return True
         work = dist.all_reduce(torch.ones(50_000), group=mine, async_op=True)
         assert work is not None
-        threads = [threading.Thread(target=found.abort) for found in (mine, mine, group, group)]
-        for thread in threads:
-            thread.start()
         start = time.monotonic()
-        with raises(LinkClosed, match="destroyed|closed"):
-            work.wait()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            aborted = [pool.submit(found.abort) for found in (mine, mine, group, group)]
+            with raises(LinkClosed, match=r"destroyed|closed"):
+                work.wait()
+        for found in aborted:
+            found.result()
         assert time.monotonic() - start < LIMIT_S / 2
         store.set(f"aborted{place.rank}", "1")
     return True

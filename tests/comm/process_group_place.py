@@ -37,6 +37,7 @@ class Place:
 
 
 Job = Callable[[Place], object]
+TraceFunction = Callable[[FrameType, str, object], object]
 JOBS: dict[str, Job] = {}
 
 
@@ -68,7 +69,7 @@ def die_after(group: ElasticProcessGroup, lines: int) -> None:
     advance = communicator._advance
     executed = 0
 
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
+    def trace(frame: FrameType, event: str, _: object) -> TraceFunction | None:
         nonlocal executed
         if not frame.f_code.co_filename.startswith(COLLECTIVES):
             return None

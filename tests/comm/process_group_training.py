@@ -201,7 +201,7 @@ TRAINERS: dict[str, Callable[..., Trainer]] = {"ddp": WithDdp, "fsdp2": WithFsdp
 
 @job
 def trains_on(place: Place) -> object:
-    """STEPS steps on whoever is left; returns the members of each. "losses" are [worker, step, lines]: see die_after."""
+    """STEPS steps on whoever is left; returns the members of each. "losses" are [worker, step, lines]."""
     history: list[list[int]] = []
     with joined(place) as group:
         trainer = TRAINERS[place.arguments["trainer"]](**place.arguments.get("options", {}))

@@ -156,15 +156,20 @@ def check_history(found: dict[int, object], size: int, lost: dict[int, int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("trainer", "worker", "lines", "memory"),
-    [("fsdp2", 2, 20, MEMORY), ("fsdp2", 0, 60, LINKS), ("dtensor", 0, 20, MEMORY), ("dtensor", 2, 10, LINKS)],
+    ("trainer", "loss", "memory"),
+    [
+        ("fsdp2", (2, 2, 20), MEMORY),
+        ("fsdp2", (0, 2, 60), LINKS),
+        ("dtensor", (0, 2, 20), MEMORY),
+        ("dtensor", (2, 2, 10), LINKS),
+    ],
 )
 def test_shards_are_built_again(
-    nursery: Nursery, tmp_path: Path, trainer: str, worker: int, lines: int, memory: str
+    nursery: Nursery, tmp_path: Path, trainer: str, loss: tuple[int, int, int], memory: str
 ) -> None:
-    losses = [(worker, 2, lines)]
-    found = nursery.run("trains_on", 4, tmp_path, killed=(worker,), memory=memory, trainer=trainer, losses=losses)
-    check_history(found, 4, {worker: 2})
+    worker, step, _ = loss
+    found = nursery.run("trains_on", 4, tmp_path, killed=(worker,), memory=memory, trainer=trainer, losses=[loss])
+    check_history(found, 4, {worker: step})
 
 
 @both

@@ -261,6 +261,21 @@ def test_another_length_is_an_error_on_all_ranks_that_names_both(request: pytest
         assert expected + str(4 * len(tensors[rank])) in str(operations[rank].error)
 
 
+def test_an_arena_is_closed_once_whoever_closes_it_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, close, closed = Arena(ARENA_BYTES), os.close, []
+
+    def meanwhile(number: int) -> None:
+        closed.append(number)
+        if len(closed) == 1:
+            arena.close()  # as another thread may: a second close would hit a descriptor of somebody else
+            close(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", meanwhile)
+        arena.close()
+    assert len(closed) == 1
+
+
 def test_only_the_arena_that_was_announced_is_opened() -> None:
     arena = Arena(ARENA_BYTES)
     opened = open_arena(arena.name, ARENA_BYTES)
