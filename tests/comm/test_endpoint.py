@@ -1,5 +1,6 @@
 """Endpoints with real links: every rank a thread of this process, edits and failures at any moment."""
 
+import gc
 import os
 import threading
 import time
@@ -127,9 +128,11 @@ def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path, arena_bytes: int)
                     assert sum_of_ones(groups[rank]) == (3.0 if epoch % 2 == 0 else 2.0)
 
         ranks.on_all(lambda rank: work(rank, range(1, 11)))
+        gc.collect()  # what is no longer used has gone now
         before = descriptors(), threading.active_count(), mappings()
         dials = [endpoint.statistics().dials for endpoint in ranks.endpoints]
         ranks.on_all(lambda rank: work(rank, range(11, 1011)))
+        gc.collect()
         assert (descriptors(), threading.active_count(), mappings()) == before
         assert [endpoint.statistics().dials for endpoint in ranks.endpoints] == dials, "an edit made links anew"
         assert ranks.closed == []
