@@ -23,6 +23,9 @@ EPOCHS_AHEAD = 1024
 NOTHING_MISSED = 1 << 40
 """What a joining rank says about the operations before it: more than any number of them."""
 
+NO_STAKE = 1 << 60
+"""Stake of a rank that has nothing to go on with; more than any other."""
+
 Transmit = Callable[[WorkerId, "Communicator", int, Tensor], None]
 """Sends a flat tensor to a member as part of the operation of this number."""
 
@@ -67,6 +70,10 @@ class Communicator:
         self.agreed = True
         self.failure: ElasWaveError | None = None
         """Why operations fail until the next edit, other than by one: members may be at different operations."""
+        self.stake: Callable[[], int] = _no_stake
+        """Asked when an edit begins: what of its user's the members are to find the maximum of while they agree."""
+        self.stakes = NO_STAKE
+        """That maximum, of the last agreement."""
         self.stale_frames = 0
         self._transmit = transmit
         self._missed = missed
@@ -328,9 +335,10 @@ class Communicator:
         self._advance(operation, None)
 
     def _agree(self, rank: int, size: int, reachable: int) -> Collective:
-        found = torch.zeros(3, dtype=torch.int64)
+        found = torch.tensor([0, 0, 0, self.stake()])
         yield from agreement(rank, size, self._completed, reachable, found)
-        last, holder, least = (int(value) for value in found)
+        last, holder, least, stakes = found.tolist()
+        self.stakes = stakes
         if least < last:
             yield from self._hand_over(rank, size, last, holder)
         self._settle(last)
@@ -377,6 +385,10 @@ class Communicator:
         return EpochChanged(
             f"{self.name} changed: epoch {self.epoch}, {self.size} members; call reconfigure() and repeat the step"
         )
+
+
+def _no_stake() -> int:
+    return NO_STAKE
 
 
 def without(members: tuple[WorkerId, ...], gone: Iterable[WorkerId]) -> tuple[WorkerId, ...]:

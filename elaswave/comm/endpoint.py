@@ -13,9 +13,10 @@ from torch import Tensor
 
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator, EditReport
-from elaswave.comm.inbox import ConnectionRefused, Inbox, LinkItem, LinksFailed, PeerClosed, Received
+from elaswave.comm.inbox import ConnectionRefused, LinkItem, LinksFailed, PeerClosed, Received
 from elaswave.comm.links import Links
 from elaswave.comm.mailbox import Awaited, Mailbox
+from elaswave.comm.memory_inbox import MemoryInbox
 from elaswave.comm.operation import Callback, Operation
 from elaswave.comm.statistics import LinkStatistics
 from elaswave.core.ids import WorkerId
@@ -26,9 +27,6 @@ MESSAGE = 2
 NOTICE = 3
 _OPERATION_META = struct.Struct("<QIQ")
 _MESSAGE_META = struct.Struct("<QIq")
-
-MEMORY_TURN_S = 0.002
-"""Who waits for shared memory looks after messages so often."""
 
 LATE_STORE_LIMIT = 4096
 """Frames kept for communicators that this process has not made yet."""
@@ -68,7 +66,7 @@ class Endpoint:
         """on_lost: a link to a peer broke. on_notice: a peer sent a notice. Both are called by whoever drives."""
         self.me = me
         self._options = options if options is not None else EndpointOptions()
-        self._inbox: Inbox[LinkItem | Woken] = Inbox()
+        self._inbox: MemoryInbox[LinkItem | Woken] = MemoryInbox()
         limit = self._options.payload_limit_bytes
         self._links = Links(me, token, self._inbox, payload_limit_bytes=limit, options=self._options.links)
         self._on_lost = on_lost
@@ -168,7 +166,11 @@ class Endpoint:
         return found
 
     def drop(self, communicator: Communicator) -> None:
-        """Forget a communicator with which nothing is done any more."""
+        """Forget a communicator; what is under way in it fails with LinkClosed."""
+        with self._state:
+            if not communicator.idle:
+                communicator.fail(LinkClosed(f"the group {communicator.name} was destroyed while it was in use"))
+        self._settle()
         with self._state:
             self._communicators.pop(communicator.identity, None)
             self._mailboxes.pop(communicator.identity, None)
@@ -328,12 +330,12 @@ class Endpoint:
             limits = [found.earliest_deadline() for found in self._communicators.values()]
             memory = [found.awaited_memory() for found in self._communicators.values()]
         until = min([deadline, *(limit for limit in limits if limit is not None)])
-        awaited = next((found for found in memory if found is not None), None)
-        if awaited is None:
-            self._inbox.wait(max(now, until))
-        elif until > now:
+        awaited = [found for found in memory if found is not None]
+        if awaited:
             # Frames come in by the links' own thread meanwhile; among them the news that ends this wait for good.
-            awaited.block(min(MEMORY_TURN_S, until - now))
+            self._inbox.wait_with(awaited, until)
+        else:
+            self._inbox.wait(max(now, until))
         items = self._inbox.take_all()
         with self._state:
             for item in items:

@@ -28,6 +28,8 @@ DECISION_KEY = "elaswave/decision"
 TOKEN_BYTES = 32
 HOST_VARIABLE = "ELASWAVE_HOST"
 """Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
+SHARED_MEMORY_VARIABLE = "ELASWAVE_SHARED_MEMORY"
+"""0: groups that this process is in use links only, also where all their processes are on one host."""
 
 
 class RendezvousStore(Store, Protocol):
@@ -53,7 +55,7 @@ class Fabric:
         self._roster: Roster = FIRST
         self._departed: set[WorkerId] = set()
         self._timeout_s = timeout.total_seconds()
-        self._neighbours: set[WorkerId] = set()  # processes of this host
+        self._neighbours: set[WorkerId] = set()  # processes of this host that share memory
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._addresses: dict[WorkerId, str] = {}
@@ -75,14 +77,14 @@ class Fabric:
         """Exchange addresses: a Unix socket for processes of this host, TCP for others."""
         unix = self.endpoint.open(f"unix:{self._folder / 'links'}")
         tcp = self.endpoint.listen(f"tcp:{os.environ.get(HOST_VARIABLE, '127.0.0.1')}:0")
-        self._store.set(f"elaswave/address/{rank}", " ".join((_host(), unix, tcp)))
+        memory = "0" if os.environ.get(SHARED_MEMORY_VARIABLE) == "0" else "1"
+        self._store.set(f"elaswave/address/{rank}", " ".join((_host(), memory, unix, tcp)))
         keys = [f"elaswave/address/{peer}" for peer in range(size)]
         self._store.wait(keys, timeout)
-        self._neighbours.add(self.me)
         for peer, key in enumerate(keys):
-            host, unix, tcp = self._store.get(key).decode().split(" ")
+            host, memory, unix, tcp = self._store.get(key).decode().split(" ")
             self._addresses[WorkerId(peer)] = unix if host == _host() else tcp
-            if host == _host():
+            if host == _host() and memory == "1":
                 self._neighbours.add(WorkerId(peer))
         self.endpoint.connect(self._addresses)
 
@@ -119,7 +121,7 @@ class Fabric:
         return found
 
     def shares_memory(self, members: Sequence[WorkerId]) -> bool:
-        """All are processes of this host."""
+        """All are processes of this host, and none was told not to."""
         return self._neighbours.issuperset(members)
 
     def drop(self, communicator: Communicator) -> None:

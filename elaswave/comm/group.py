@@ -169,6 +169,10 @@ class Group:
         rank, size = self._place()
         return self._start("barrier", tree_barrier(rank, size, _NOTHING), [], result=_NOTHING)
 
+    def close(self) -> None:
+        """Let go of shared memory. Nothing is under way any more, and nothing is started."""
+        self._sharing.close()
+
     def _place(self) -> tuple[int, int]:
         return self.communicator.rank, self.communicator.size
 

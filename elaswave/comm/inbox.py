@@ -112,6 +112,11 @@ class Inbox(Generic[Item]):
         if self._asleep and self._driver is not None:
             self._driver.wake()
 
+    @property
+    def filled(self) -> bool:
+        """An item is here. Consumer thread only."""
+        return bool(self._first) or self._queue.qsize() > 0
+
     def take_all(self) -> list[Item]:
         """All items that are here, oldest first; empty if none; never blocks. Consumer thread only."""
         count = self._queue.qsize()
@@ -123,7 +128,7 @@ class Inbox(Generic[Item]):
 
     def wait(self, deadline: float) -> bool:
         """Wait for an item until `time.monotonic() == deadline`; whether there is one. Consumer thread only."""
-        if self._first or self._queue.qsize():
+        if self.filled:
             return True
         timeout = deadline - time.monotonic()
         if timeout <= 0:

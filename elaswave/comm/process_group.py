@@ -6,7 +6,6 @@
 A collective that meets a loss raises EpochChanged on all survivors or succeeds on all. See docs/communicators.md.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import _DistributedBackendOptions
 
 Tensors = Sequence[Tensor]
-
-
-SHARED_MEMORY_VARIABLE = "ELASWAVE_SHARED_MEMORY"
-"""1: processes of one host use shared memory. Not by default yet: losses in the middle of it are not tested enough."""
 
 
 class ElasticProcessGroup(dist.ProcessGroup):
@@ -103,6 +98,7 @@ class ElasticProcessGroup(dist.ProcessGroup):
     def shutdown(self) -> None:
         """End the group here; the process's last one says good-bye to the peers."""
         self._fabric.drop(self._group.communicator)
+        self._group.close()
 
     # ------------------------------------------------------------------ losses
 
@@ -341,9 +337,8 @@ def _create(options: "_DistributedBackendOptions", backend_options: object) -> E
     else:
         members = fabric.gather(options.store, rank, size, options.timeout)
     communicator = fabric.communicator(options.group_id or "default", members)
-    arena_bytes = ARENA_BYTES if fabric.shares_memory(members) and os.environ.get(SHARED_MEMORY_VARIABLE) == "1" else 0
-    timeout_s = options.timeout.total_seconds()
-    group = Group(fabric.endpoint, communicator, timeout_s, arena_bytes=arena_bytes)
+    arena_bytes = ARENA_BYTES if fabric.shares_memory(members) else 0
+    group = Group(fabric.endpoint, communicator, options.timeout.total_seconds(), arena_bytes=arena_bytes)
     return ElasticProcessGroup(group, fabric, options.group_id)
 
 

@@ -1,32 +1,42 @@
-"""Sharing: the arenas of a communicator, found anew in each epoch, and the choice between them and links."""
+"""Sharing: the arenas of a communicator, and the choice between them and links."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from elaswave.comm.arena import PATH_BYTES, Arena, open_arena
+from elaswave.comm.arena import NAME_BYTES, Arena, open_arena
 from elaswave.comm.collectives.commands import Collective
 from elaswave.comm.collectives.reduction import maximum
 from elaswave.comm.collectives.shared_memory import Arenas
 from elaswave.comm.collectives.tree import tree_all_reduce
-from elaswave.comm.communicator import Communicator
+from elaswave.comm.communicator import NO_STAKE, Communicator
 from elaswave.comm.futex import AVAILABLE
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ElasWaveError
 
+SKIPPED_TURNS = 2
+"""Of a new epoch: its barriers have other numbers than those that were broken off, its slots are the same."""
+
 
 class Sharing:
-    """Belongs to one communicator on one rank; used by its collectives only, one after the other."""
+    """Belongs to one communicator on one rank; used by its collectives only, one after the other.
+
+    Arenas are found in the first operation, and again where a member has come. Where members have only gone, the rest
+    has all it needs: the agreement on the edit finds whether that is so on all ranks, and the last turn of any of them.
+    """
 
     def __init__(self, communicator: Communicator, arena_bytes: int) -> None:
         """arena_bytes: 0 where memory is not shared."""
         self._communicator = communicator
         self._arena_bytes = arena_bytes if AVAILABLE else 0
         self._own: Arena | None = None
-        self._opened: dict[WorkerId, Tensor] = {}
+        self._opened: dict[WorkerId, tuple[str, Tensor]] = {}
         self._epoch = -1
+        self._turns = 0
         self._arenas: Arenas | None = None
+        if self._arena_bytes:
+            communicator.stake = self._stake
 
     @property
     def wanted(self) -> bool:
@@ -38,8 +48,11 @@ class Sharing:
     ) -> Collective:
         """The first where all ranks have all arenas, else the other. `used` gets the arenas before they are used."""
         if self._arena_bytes and self._epoch != self._communicator.epoch:
-            # A part of the first operation of an epoch, so that all ranks do it at the same place.
-            yield from self._find()
+            if self._communicator.stakes < NO_STAKE:
+                self._take_up(self._communicator.stakes)
+            else:
+                # A part of the first operation of an epoch, so that all ranks do it at the same place.
+                yield from self._find()
         if self._arenas is None:
             yield from linked()
             return
@@ -47,38 +60,54 @@ class Sharing:
             used.append(self._arenas)
         yield from shared(self._arenas)
 
+    def _stake(self) -> int:
+        """The turn that this rank is at, if it has the arenas of all members."""
+        if self._arenas is None or not self._opened.keys() >= set(self._communicator.members):
+            return NO_STAKE
+        return self._arenas.turns
+
+    def _take_up(self, turns: int) -> None:
+        """Make the arenas of this epoch of those that are known. turns: the last of any rank."""
+        members = self._communicator.members
+        self._opened = {worker: self._opened[worker] for worker in members}
+        tensors = [tensor for _, tensor in self._opened.values()]
+        self._arenas = Arenas(self._communicator.rank, tensors, turns + SKIPPED_TURNS)
+        self._epoch = self._communicator.epoch
+
     def _find(self) -> Collective:
-        members, rank = self._communicator.members, self._communicator.rank
-        size, epoch = len(members), self._communicator.epoch
-        paths = torch.zeros((size, PATH_BYTES), dtype=torch.uint8)
-        failed = torch.zeros(2, dtype=torch.int64)  # whether somebody has no memory, and the last barrier of anybody
+        members, rank, epoch = self._communicator.members, self._communicator.rank, self._communicator.epoch
+        if self._arenas is not None:
+            # Not those that were found before: a member has come, perhaps one that has no memory.
+            self._turns, self._arenas = self._arenas.turns, None
+        names = torch.zeros((len(members), NAME_BYTES), dtype=torch.uint8)
+        found = torch.tensor([0, self._turns])  # whether somebody has no memory, and the last turn of any rank
         try:
             self._own = self._own or Arena(self._arena_bytes)
-            path = self._own.path.encode()
-            paths[rank, : len(path)] = torch.frombuffer(bytearray(path), dtype=torch.uint8)
+            name = self._own.name.encode()
+            names[rank, : len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
         except ElasWaveError:
-            failed[0] = 1  # all use links then
-        yield from tree_all_reduce(rank, size, paths.view(-1), maximum)
+            found[0] = 1  # all use links then
+        yield from tree_all_reduce(rank, len(members), names.view(-1), maximum)
         try:
-            for place, worker in enumerate(members):
-                self._open(worker, bytes(paths[place].tolist()).rstrip(b"\0").decode())
-            failed[1] = int(self._opened[self._communicator.me][:8].view(torch.int64))
+            for worker, name in zip(members, names, strict=True):
+                self._open(worker, bytes(name.tolist()).rstrip(b"\0").decode())
         except ElasWaveError:
-            failed[0] = 1
-        yield from tree_all_reduce(rank, size, failed, maximum)
+            found[0] = 1
+        yield from tree_all_reduce(rank, len(members), found, maximum)
         self._epoch = epoch
-        arenas = [self._opened[worker] for worker in members] if not int(failed[0]) else []
-        self._arenas = Arenas(rank, arenas, int(failed[1])) if arenas else None
+        if not int(found[0]):
+            self._take_up(int(found[1]))
 
-    def _open(self, worker: WorkerId, path: str) -> None:
-        if worker in self._opened:
+    def _open(self, worker: WorkerId, name: str) -> None:
+        known = self._opened.get(worker)
+        if known is not None and known[0] == name:
             return
-        own = self._own.tensor if self._own is not None and worker == self._communicator.me else None
-        self._opened[worker] = open_arena(path, self._arena_bytes) if own is None else own
+        mine = self._own is not None and worker == self._communicator.me
+        self._opened[worker] = name, self._own.tensor if mine and self._own else open_arena(name, self._arena_bytes)
 
     def close(self) -> None:
-        """Let go of the memory."""
-        if self._own is not None:
-            self._own.close()
+        """Let go of the memory; any thread, once nothing is under way. A second call does nothing."""
+        own, self._own, self._arenas = self._own, None, None
+        if own is not None:
+            own.close()
         self._opened.clear()
-        self._arenas = None

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -83,13 +84,22 @@ def fails_at(deadline_s: float, call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+def fails_with(kind: type[Exception], call: Callable[[], object]) -> Exception | None:
+    """The error of this kind that it raises, if it does."""
+    try:
+        call()
+    except kind as error:
+        return error
+    return None
+
+
 @job
 def differ_in_shape(place: Place) -> object:
     """The user's error is told to the user, and no rank is taken for lost because of it."""
     store = dist.FileStore(str(place.folder / "failed"), place.size)
     with joined(place, 1.0) as group:
         dist.barrier()
-        # rank 0, the root, gets too much of rank 1; the others wait for rank 0
+        # in memory all find it; over links rank 0, the root, gets too much of rank 1, and the others wait for rank 0
         with raises((ProtocolError, DeadlineExceeded)) as caught:
             dist.all_reduce(torch.ones(4 if place.rank == 1 else 3))
         assert group.epoch == 0
@@ -212,11 +222,67 @@ def lose_the_store(place: Place) -> object:
         os.kill(pid, signal.SIGKILL)
     dist.barrier()
     if rank == 1:
-        die_after(group, 0)
+        die_after(group, 20)
     start = time.monotonic()
     with raises(LinkClosed, match="store"), group.guard():
         loss_of(model, batch_of(rank, 0)).backward()
     with raises(LinkClosed, match="store"):
         group.reconfigure()
     assert time.monotonic() - start < LIMIT_S / 2
+    return True
+
+
+@job
+def killed_in_a_barrier(place: Place) -> object:
+    """Rank 2 waits in memory for the others, one of which sees that there and kills it."""
+    rank, size = place.rank, place.size
+    store = dist.FileStore(str(place.folder / "pids"), size)
+    store.set(f"pid{rank}", str(os.getpid()))
+    with joined(place) as group:
+        dist.all_reduce(torch.ones(place.arguments["length"]))
+        sharing = group._group._sharing
+        assert sharing._arenas is not None
+        if rank == 0:
+            entered, before = sharing._arenas._heads[2], sharing._arenas._heads[0][0]
+            deadline = time.monotonic() + LIMIT_S
+            while entered[0] <= before and time.monotonic() < deadline:
+                os.sched_yield()
+            os.kill(int(store.get("pid2")), signal.SIGKILL)
+        tensor = torch.full((place.arguments["length"],), rank + 1.0)
+        succeeded = fails_with(EpochChanged, lambda: dist.all_reduce(tensor)) is None
+        assert not succeeded or torch.equal(tensor, torch.full_like(tensor, 10.0)), tensor
+        if succeeded:  # rank 2 had given all that was wanted of it
+            with raises(EpochChanged):
+                dist.barrier()
+        group.reconfigure()
+        tensor.fill_(rank + 1.0)
+        dist.all_reduce(tensor)
+        assert torch.equal(tensor, torch.full_like(tensor, 7.0)), tensor
+        dist.barrier()
+    return succeeded
+
+
+@job
+def abort_from_threads(place: Place) -> object:
+    """Ranks that wait for rank 3 give up: threads of theirs abort the group under them."""
+    store = dist.FileStore(str(place.folder / "aborted"), place.size)
+    others = [f"aborted{rank}" for rank in range(3)]
+    with joined(place) as group:
+        dist.all_reduce(torch.ones(50_000))
+        mine = dist.new_group()
+        assert isinstance(mine, ElasticProcessGroup)
+        if place.rank == 3:
+            store.wait(others, timedelta(seconds=LIMIT_S))
+            return True
+        work = dist.all_reduce(torch.ones(50_000), group=mine, async_op=True)
+        assert work is not None
+        start = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            aborted = [pool.submit(found.abort) for found in (mine, mine, group, group)]
+            with raises(LinkClosed, match=r"destroyed|closed"):
+                work.wait()
+        for found in aborted:
+            found.result()
+        assert time.monotonic() - start < LIMIT_S / 2
+        store.set(f"aborted{place.rank}", "1")
     return True

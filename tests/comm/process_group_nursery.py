@@ -1,8 +1,9 @@
 """A process that has imported torch and forks the ranks of a job, so that a test need not wait for imports.
 
-Each line it reads is {"job": name, "arguments": {}, "size": ranks, "folder": where, "limit_s": seconds}; the answer are
-the ranks' exit codes, negative for signals. What a rank returns is in FOLDER/RANK.json, what it writes in
-FOLDER/RANK.txt. The nursery never makes a store or a thread itself: neither survives a fork.
+Each line it reads is {"job": name, "arguments": {}, "size": ranks, "folder": where, "limit_s": seconds, "memory": "1"}
+(or "0": ranks use links only); the answer are the ranks' exit codes, negative for signals. What a rank returns is in
+FOLDER/RANK.json, what it writes in FOLDER/RANK.txt. The nursery never makes a store or a thread itself: neither
+survives a fork.
 """
 
 import json
@@ -19,11 +20,13 @@ import torch
 import torch._dynamo
 import torch.distributed.checkpoint._fsspec_filesystem
 
+from elaswave.comm.fabric import SHARED_MEMORY_VARIABLE
 from elaswave.lifeline import end_with_parent
 from tests.comm import (  # noqa: F401 (they add to JOBS)
     process_group_endings,
     process_group_jobs,
     process_group_native,
+    process_group_steps,
     process_group_training,
 )
 from tests.comm.process_group_place import JOBS, Place
@@ -79,6 +82,7 @@ def main() -> None:
     for line in sys.stdin:
         wanted = json.loads(line)
         folder, size = Path(wanted["folder"]), int(wanted["size"])
+        os.environ[SHARED_MEMORY_VARIABLE] = wanted["memory"]
         places = [Place(rank=rank, size=size, folder=folder, arguments=wanted["arguments"]) for rank in range(size)]
         pids = [start(wanted["job"], place) for place in places]
         print(json.dumps(finish(pids, wanted["limit_s"])), flush=True)

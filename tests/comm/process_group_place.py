@@ -2,25 +2,30 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from elaswave.comm.communicator import AGREEMENT, Communicator
+from elaswave.comm import collectives
+from elaswave.comm.communicator import AGREEMENT
+from elaswave.comm.operation import Operation
 from elaswave.comm.process_group import ElasticProcessGroup
-from elaswave.core.ids import WorkerId
 
 LIMIT_S = 20.0
 """Of one operation; far beyond what anything here takes."""
 
 IN_AGREEMENT = -1
-"""Frames after which a rank dies: just before it says anything about another rank's loss."""
+"""Lines after which a rank dies: just before it says anything about another rank's loss."""
+
+COLLECTIVES = str(Path(collectives.__file__).parent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class Place:
 
 
 Job = Callable[[Place], object]
+TraceFunction = Callable[[FrameType, str, object], object]
 JOBS: dict[str, Job] = {}
 
 
@@ -57,17 +63,29 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_after(group: ElasticProcessGroup, frames: int) -> None:
-    """SIGKILL this process once it has sent so many frames of a collective."""
+def die_after(group: ElasticProcessGroup, lines: int) -> None:
+    """SIGKILL this process once it has executed so many lines of collectives, whatever those go through."""
     communicator = group._group.communicator
-    transmit = communicator._transmit
-    sent = 0
+    advance = communicator._advance
+    executed = 0
 
-    def counted(member: WorkerId, found: Communicator, number: int, tensor: Tensor) -> None:
-        nonlocal sent
-        if sent == frames or (frames == IN_AGREEMENT and number == AGREEMENT):
+    def trace(frame: FrameType, event: str, _: object) -> TraceFunction | None:
+        nonlocal executed
+        if not frame.f_code.co_filename.startswith(COLLECTIVES):
+            return None
+        if event == "line":
+            if executed == lines:
+                die()
+            executed += 1
+        return trace
+
+    def traced(operation: Operation, answer: Tensor | None) -> None:
+        if lines == IN_AGREEMENT and operation.number == AGREEMENT:
             die()
-        transmit(member, found, number, tensor)
-        sent += 1
+        sys.settrace(trace)
+        try:
+            advance(operation, answer)
+        finally:
+            sys.settrace(None)
 
-    communicator._transmit = counted
+    communicator._advance = traced

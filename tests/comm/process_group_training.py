@@ -201,14 +201,14 @@ TRAINERS: dict[str, Callable[..., Trainer]] = {"ddp": WithDdp, "fsdp2": WithFsdp
 
 @job
 def trains_on(place: Place) -> object:
-    """STEPS steps on whoever is left; returns the members of each. "losses" are [worker, step, frames]."""
+    """STEPS steps on whoever is left; returns the members of each. "losses" are [worker, step, lines]."""
     history: list[list[int]] = []
     with joined(place) as group:
         trainer = TRAINERS[place.arguments["trainer"]](**place.arguments.get("options", {}))
         while len(history) < STEPS:
-            for worker, step, frames in place.arguments["losses"]:
+            for worker, step, lines in place.arguments["losses"]:
                 if (worker, step) == (place.rank, len(history)):
-                    die_after(group, frames)
+                    die_after(group, lines)
             try:
                 with group.guard():
                     present = members(group)

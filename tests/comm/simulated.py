@@ -36,11 +36,20 @@ class Network:
 
         return Communicator("all", 1, me=me, members=members, transmit=transmit, agree_s=FAR)
 
-    def start(self, worker: WorkerId, make: Make, tensor: Tensor, *, keep: bool) -> Operation:
+    def start(
+        self,
+        worker: WorkerId,
+        make: Make,
+        tensor: Tensor,
+        *,
+        keep: bool,
+        catch_up: Callable[[], None] | None = None,
+    ) -> Operation:
         """Start a collective on one rank."""
         communicator = self.ranks[worker]
         collective = make(communicator.rank, communicator.size, tensor)
         operation = Operation("test", collective, FAR, tensor if keep else None, keep=keep)
+        operation.catch_up = catch_up
         communicator.submit(operation)
         return operation
 
@@ -67,6 +76,12 @@ class Network:
     def edit(self, worker: WorkerId, epoch: int, gone: list[WorkerId]) -> None:
         """A survivor hears of a loss."""
         self.ranks[worker].edit(epoch, gone, (), 0.0)
+
+    def join(self, worker: WorkerId, members: list[WorkerId], epoch: int) -> None:
+        """A new rank takes part from this epoch on."""
+        self.ranks[worker] = self._communicator(worker, members)
+        self.alive.add(worker)
+        self.ranks[worker].join(epoch, 0.0)
 
     def run(self) -> None:
         """Deliver everything."""

@@ -33,7 +33,7 @@ def large(rank: int, size: int, tensor: Tensor) -> Collective:
 
 
 class Walk:
-    """Ranks that add up ones again and again, some of which die; each keeps what its operations have given."""
+    """Ranks that add up numbers again and again, some of which die; each keeps what its operations have given."""
 
     def __init__(self, seed: int) -> None:
         self.generator = random.Random(seed)
@@ -59,7 +59,11 @@ class Walk:
         elif choice < 0.45:
             self._work(self.generator.choice(sorted(self.network.alive)))
         else:
-            self.network.deliver_one()
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Something arrives somewhere."""
+        self.network.deliver_one()
 
     def _tell(self, worker: WorkerId) -> None:
         if self.told[worker] < self.epoch:
@@ -74,7 +78,8 @@ class Walk:
                 return
             del self.current[worker]
             if operation.error is None:
-                assert torch.equal(tensor, tensor[:1].expand(LENGTH))
+                assert torch.equal(tensor, tensor[:1].expand(len(tensor)))
+                assert tensor[0] % (len(self.results[worker]) + 1) == 0, "numbers of another operation are in it"
                 self.results[worker].append(float(tensor[0]))
             else:
                 assert isinstance(operation.error, EpochChanged)
@@ -87,7 +92,7 @@ class Walk:
             self._start(worker)
 
     def _start(self, worker: WorkerId) -> None:
-        tensor = torch.ones(LENGTH)
+        tensor = torch.full((LENGTH,), 1.0 + len(self.results[worker]))
         self.current[worker] = (self.network.start(worker, self.make, tensor, keep=self.keep), tensor)
 
     def finish(self) -> None:
@@ -100,8 +105,15 @@ class Walk:
             if not behind:
                 return
             self._work(self.generator.choice(behind))
-            self.network.deliver_one()
+            self._deliver()
         raise AssertionError(f"stuck: {self.results}, {self.raised}")
+
+    def check(self) -> int:
+        """All survivors have the same results as far as they have come; returns how many were lost."""
+        found = [self.results[worker] for worker in sorted(self.network.alive)]
+        shortest = min(map(len, found))
+        assert all(results[:shortest] == found[0][:shortest] for results in found), self.results
+        return self.epoch
 
 
 @pytest.mark.parametrize("base", range(0, 400, 100))
@@ -112,10 +124,7 @@ def test_operations_succeed_on_all_survivors_or_on_none(base: int) -> None:
         for _ in range(150):
             walk.step()
         walk.finish()
-        found = [walk.results[worker] for worker in sorted(walk.network.alive)]
-        shortest = min(map(len, found))
-        assert all(results[:shortest] == found[0][:shortest] for results in found), seed
-        losses += walk.epoch
+        losses += walk.check()
     assert losses > 50, "too few losses to show anything"
 
 

@@ -1,5 +1,6 @@
 """Endpoints with real links: every rank a thread of this process, edits and failures at any moment."""
 
+import gc
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, EpochChanged, LinkClosed, PeerError, ProtocolError
 
 LIMIT_S = 30.0
+ARENAS = [pytest.param(0, id="links"), pytest.param(1 << 18, id="memory")]
 
 
 class Gang:
@@ -38,8 +40,11 @@ class Gang:
         self.members = [WorkerId(rank) for rank in range(size)]
         self.pool = ThreadPoolExecutor(size)
 
-    def groups(self, name: str = "all", timeout_s: float = LIMIT_S) -> list[Group]:
-        return [Group(found, found.communicator(name, self.members), timeout_s) for found in self.endpoints]
+    def groups(self, name: str = "all", timeout_s: float = LIMIT_S, arena_bytes: int = 0) -> list[Group]:
+        return [
+            Group(found, found.communicator(name, self.members), timeout_s, arena_bytes=arena_bytes)
+            for found in self.endpoints
+        ]
 
     def on_all(self, work: Callable[[int], object], ranks: range | None = None) -> list[object]:
         """Run it on every rank at once; raises what the first one raises."""
@@ -66,15 +71,18 @@ def sum_of_ones(group: Group, length: int = 5) -> float:
 
 
 @pytest.mark.parametrize("length", [5, 100_000])
-def test_all_ranks_get_the_sum(tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_all_ranks_get_the_sum(tmp_path: Path, length: int, arena_bytes: int) -> None:
     with gang(tmp_path, 4) as ranks:
-        groups = ranks.groups()
+        groups = ranks.groups(arena_bytes=arena_bytes)
         assert ranks.on_all(lambda rank: [sum_of_ones(groups[rank], length) for _ in range(5)]) == [[4.0] * 5] * 4
 
 
-def test_operations_of_two_communicators_do_not_wait_for_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_operations_of_two_communicators_do_not_wait_for_each_other(tmp_path: Path, arena_bytes: int) -> None:
     with gang(tmp_path, 2) as ranks:
-        first, second = ranks.groups("first"), ranks.groups("second")
+        first = ranks.groups("first", arena_bytes=arena_bytes)
+        second = ranks.groups("second", arena_bytes=arena_bytes)
 
         def work(rank: int) -> float:
             order = (first, second) if rank else (second, first)
@@ -90,9 +98,14 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path) -> None:
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("elaswave-arena")
+
+
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path, arena_bytes: int) -> None:
     with gang(tmp_path, 3) as ranks:
-        groups = ranks.groups()
+        groups = ranks.groups(arena_bytes=arena_bytes)
         joining = WorkerId(2)
 
         def edit(rank: int, epoch: int, *, add: bool) -> None:
@@ -107,24 +120,28 @@ def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path) -> None:
                 elif epoch % 2 == 0:
                     endpoint = groups[2].endpoint
                     endpoint.drop(groups[2].communicator)
+                    groups[2].close()
                     communicator = endpoint.communicator("all", ranks.members, epoch=epoch)
-                    groups[2] = Group(endpoint, communicator, LIMIT_S)
+                    groups[2] = Group(endpoint, communicator, LIMIT_S, arena_bytes=arena_bytes)
                     endpoint.acknowledge(communicator, time.monotonic() + LIMIT_S)
                 if rank < 2 or epoch % 2 == 0:
                     assert sum_of_ones(groups[rank]) == (3.0 if epoch % 2 == 0 else 2.0)
 
         ranks.on_all(lambda rank: work(rank, range(1, 11)))
-        before = descriptors(), threading.active_count()
+        gc.collect()  # what is no longer used has gone now
+        before = descriptors(), threading.active_count(), mappings()
         dials = [endpoint.statistics().dials for endpoint in ranks.endpoints]
         ranks.on_all(lambda rank: work(rank, range(11, 1011)))
-        assert (descriptors(), threading.active_count()) == before
+        gc.collect()
+        assert (descriptors(), threading.active_count(), mappings()) == before
         assert [endpoint.statistics().dials for endpoint in ranks.endpoints] == dials, "an edit made links anew"
         assert ranks.closed == []
 
 
-def test_a_storm_of_edits_from_several_threads_ends_every_operation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_a_storm_of_edits_from_several_threads_ends_every_operation(tmp_path: Path, arena_bytes: int) -> None:
     with gang(tmp_path, 4) as ranks:
-        groups = ranks.groups()
+        groups = ranks.groups(arena_bytes=arena_bytes)
         edits = 40
 
         def storm(communicator: Communicator, endpoint: Endpoint, first: int) -> None:
@@ -173,12 +190,25 @@ def test_who_is_removed_is_told_so(tmp_path: Path) -> None:
             groups[1].endpoint.acknowledge(groups[1].communicator, time.monotonic() + LIMIT_S)
 
 
-def test_closing_ends_a_wait_of_another_thread(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_closing_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int) -> None:
     with gang(tmp_path, 2) as ranks:
-        groups = ranks.groups()
+        groups = ranks.groups(arena_bytes=arena_bytes)
         waiting = ranks.pool.submit(sum_of_ones, groups[0])
         ranks.endpoints[0].close(5.0)
         with pytest.raises(LinkClosed, match="closed"):
+            waiting.result(LIMIT_S)
+
+
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_dropping_a_communicator_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups(arena_bytes=arena_bytes)
+        ranks.on_all(lambda rank: sum_of_ones(groups[rank]))
+        operation = groups[0].all_reduce(torch.ones(5))
+        waiting = ranks.pool.submit(groups[0].endpoint.wait, operation)
+        groups[0].endpoint.drop(groups[0].communicator)
+        with pytest.raises(LinkClosed, match="the group all was destroyed"):
             waiting.result(LIMIT_S)
 
 

@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 60.0
 JOB_S = 40.0
 SHOWN = 1500
+MEMORY, LINKS = "1", "0"
+"""What ELASWAVE_SHARED_MEMORY is."""
+
+both = pytest.mark.parametrize("memory", [MEMORY, LINKS], ids=["memory", "links"])
 
 
 class Nursery:
@@ -43,11 +47,19 @@ class Nursery:
         return self.process.stdout.readline().strip()
 
     def run(
-        self, job: str, size: int, folder: Path, *, killed: tuple[int, ...] = (), **arguments: object
+        self,
+        job: str,
+        size: int,
+        folder: Path,
+        *,
+        killed: tuple[int, ...] = (),
+        memory: str = MEMORY,
+        **arguments: object,
     ) -> dict[int, object]:
         """What the ranks that are not to be killed have returned."""
         assert self.process.stdin is not None
         wanted = {"job": job, "arguments": arguments, "size": size, "folder": str(folder), "limit_s": JOB_S}
+        wanted["memory"] = memory
         self.process.stdin.write(json.dumps(wanted) + "\n")
         self.process.stdin.flush()
         codes = json.loads(self._line(JOB_S + 10.0))
@@ -71,29 +83,65 @@ def nursery() -> Iterator[Nursery]:
 
 # Whole jobs: nothing more to check than that every rank has found what it expects.
 @pytest.mark.parametrize(
-    "job",
+    ("job", "memory"),
     [
-        "reduce_everything",
-        "move_everything",
-        "uneven_and_objects",
-        "messages",
-        "leave_at_once",
-        "take_what_was_sent",
-        "groups_and_functional_collectives",
-        "fsdp2_and_checkpoint",
+        ("reduce_everything", MEMORY),
+        ("reduce_everything", LINKS),
+        ("move_everything", MEMORY),
+        ("move_everything", LINKS),
+        ("uneven_and_objects", MEMORY),
+        ("uneven_and_objects", LINKS),
+        ("messages", MEMORY),
+        ("leave_at_once", MEMORY),
+        ("take_what_was_sent", MEMORY),
+        ("groups_and_functional_collectives", MEMORY),
+        ("groups_and_functional_collectives", LINKS),
+        ("fsdp2_and_checkpoint", MEMORY),
+        ("abort_from_threads", MEMORY),
+        ("abort_from_threads", LINKS),
     ],
 )
-def test_what_torch_distributed_offers(nursery: Nursery, tmp_path: Path, job: str) -> None:
-    nursery.run(job, 4, tmp_path)
+def test_what_torch_distributed_offers(nursery: Nursery, tmp_path: Path, job: str, memory: str) -> None:
+    nursery.run(job, 4, tmp_path, memory=memory)
 
 
-@pytest.mark.parametrize("frames", [0, 1, 2, 4])
-@pytest.mark.parametrize("case", [(0, 0, None), (2, 1, "gradient_as_bucket_view"), (3, 3, "find_unused_parameters")])
-def test_ddp_trains_on(nursery: Nursery, tmp_path: Path, frames: int, case: tuple[int, int, str | None]) -> None:
-    worker, step, option = case
+@pytest.mark.parametrize("lines", [0, 9, 30, 55, 80])
+@pytest.mark.parametrize(("worker", "step"), [(0, 0), (3, 3), (1, 4), (2, 6)])
+def test_collectives_go_on_after_a_loss(nursery: Nursery, tmp_path: Path, worker: int, step: int, lines: int) -> None:
+    for memory in (MEMORY, LINKS) if lines == 30 else (MEMORY,):
+        folder = tmp_path / memory
+        folder.mkdir()
+        found = nursery.run("works_on", 4, folder, killed=(worker,), memory=memory, losses=[(worker, step, lines)])
+        check_history(found, 4, {worker: step})
+
+
+@pytest.mark.parametrize("length", [100, 50_000])
+def test_a_rank_killed_in_a_barrier(nursery: Nursery, tmp_path: Path, length: int) -> None:
+    succeeded = nursery.run("killed_in_a_barrier", 4, tmp_path, killed=(2,), length=length)
+    assert len(set(succeeded.values())) == 1, succeeded
+
+
+@pytest.mark.parametrize(
+    ("case", "lines", "memory"),
+    [
+        (0, 0, MEMORY),
+        (0, 20, LINKS),
+        (0, 120, MEMORY),
+        (1, 20, MEMORY),
+        (1, 60, MEMORY),
+        (1, 120, LINKS),
+        (2, 0, LINKS),
+        (2, 20, MEMORY),
+        (2, 60, MEMORY),
+    ],
+)
+def test_ddp_trains_on(nursery: Nursery, tmp_path: Path, case: int, lines: int, memory: str) -> None:
+    worker, step, option = [(0, 0, None), (2, 1, "gradient_as_bucket_view"), (3, 3, "find_unused_parameters")][case]
     options = {} if option is None else {option: True}
-    losses = [(worker, step, frames)]
-    found = nursery.run("trains_on", 4, tmp_path, killed=(worker,), trainer="ddp", losses=losses, options=options)
+    losses = [(worker, step, lines)]
+    found = nursery.run(
+        "trains_on", 4, tmp_path, killed=(worker,), memory=memory, trainer="ddp", losses=losses, options=options
+    )
     check_history(found, 4, {worker: step})
 
 
@@ -109,16 +157,27 @@ def check_history(found: dict[int, object], size: int, lost: dict[int, int]) -> 
         assert set(there) <= set(members) and not set(gone) & set(members), found
 
 
-@pytest.mark.parametrize("trainer", ["fsdp2", "dtensor"])
-@pytest.mark.parametrize(("worker", "frames"), [(2, 3), (0, 8)])
-def test_shards_are_built_again(nursery: Nursery, tmp_path: Path, trainer: str, worker: int, frames: int) -> None:
-    found = nursery.run("trains_on", 4, tmp_path, killed=(worker,), trainer=trainer, losses=[(worker, 2, frames)])
-    check_history(found, 4, {worker: 2})
+@pytest.mark.parametrize(
+    ("trainer", "loss", "memory"),
+    [
+        ("fsdp2", (2, 2, 20), MEMORY),
+        ("fsdp2", (0, 2, 60), LINKS),
+        ("dtensor", (0, 2, 20), MEMORY),
+        ("dtensor", (2, 2, 10), LINKS),
+    ],
+)
+def test_shards_are_built_again(
+    nursery: Nursery, tmp_path: Path, trainer: str, loss: tuple[int, int, int], memory: str
+) -> None:
+    worker, step, _ = loss
+    found = nursery.run("trains_on", 4, tmp_path, killed=(worker,), memory=memory, trainer=trainer, losses=[loss])
+    check_history(found, 4, {worker: step})
 
 
-def test_losses_down_to_a_single_rank(nursery: Nursery, tmp_path: Path) -> None:
-    losses = [(0, 1, 2), (3, 2, 5), (1, 3, 3)]
-    found = nursery.run("trains_on", 4, tmp_path, killed=(0, 1, 3), trainer="ddp", losses=losses)
+@both
+def test_losses_down_to_a_single_rank(nursery: Nursery, tmp_path: Path, memory: str) -> None:
+    losses = [(0, 1, 15), (3, 2, 40), (1, 3, 20)]
+    found = nursery.run("trains_on", 4, tmp_path, killed=(0, 1, 3), memory=memory, trainer="ddp", losses=losses)
     check_history(found, 4, {0: 1, 3: 2, 1: 3})
     assert not list(nursery.temporary.glob("elaswave-*"))  # of the killed ranks too
 
@@ -151,25 +210,32 @@ def undisturbed_losses() -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("second", [0, 1])
-def test_a_rank_lost_while_the_others_reconfigure(nursery: Nursery, tmp_path: Path, second: int) -> None:
-    losses = [(2, 1, 6), (second, 1, -1)]
-    found = nursery.run("trains_on", 4, tmp_path, killed=(2, second), trainer="ddp", losses=losses)
+@pytest.mark.parametrize(("second", "memory"), [(0, MEMORY), (1, MEMORY), (1, LINKS)])
+def test_a_rank_lost_while_the_others_reconfigure(nursery: Nursery, tmp_path: Path, second: int, memory: str) -> None:
+    losses = [(2, 1, 40), (second, 1, -1)]
+    found = nursery.run("trains_on", 4, tmp_path, killed=(2, second), memory=memory, trainer="ddp", losses=losses)
     check_history(found, 4, {2: 1, second: 1})
 
 
 def test_ranks_that_differ_in_shape(nursery: Nursery, tmp_path: Path) -> None:
-    said = nursery.run("differ_in_shape", 4, tmp_path)
+    said = nursery.run("differ_in_shape", 4, tmp_path, memory=LINKS)
     assert "worker 1 sent 16 bytes" in str(said[0]) and "expects 12" in str(said[0]), said
+
+
+def test_ranks_that_differ_in_shape_in_memory(nursery: Nursery, tmp_path: Path) -> None:
+    said = nursery.run("differ_in_shape", 4, tmp_path)
+    assert all(f"while rank {rank} expects {16 if rank == 1 else 12} bytes" in str(said[rank]) for rank in said), said
 
 
 def test_a_rank_lost_before_a_new_group(nursery: Nursery, tmp_path: Path) -> None:
     nursery.run("lose_a_rank_before_a_new_group", 4, tmp_path, killed=(3,))
 
 
-@pytest.mark.parametrize("call", ["all_reduce", "recv", "ddp"])
-def test_a_stopped_rank_is_named_within_the_timeout(nursery: Nursery, tmp_path: Path, call: str) -> None:
-    said = nursery.run("stopped", 4, tmp_path, killed=(2,), call=call)
+@pytest.mark.parametrize(
+    ("call", "memory"), [("all_reduce", MEMORY), ("all_reduce", LINKS), ("recv", MEMORY), ("ddp", MEMORY)]
+)
+def test_a_stopped_rank_is_named_within_the_timeout(nursery: Nursery, tmp_path: Path, call: str, memory: str) -> None:
+    said = nursery.run("stopped", 4, tmp_path, killed=(2,), memory=memory, call=call)
     assert "rank 2 (worker 2)" in str(said[3]), said  # rank 3 waits for it; in a collective others wait for each other
 
 
@@ -178,5 +244,6 @@ def test_a_rank_stopped_while_the_others_reconfigure(nursery: Nursery, tmp_path:
     assert any("(worker 3)" in str(text) for text in said.values()), said
 
 
-def test_without_its_store_a_loss_ends_the_job(nursery: Nursery, tmp_path: Path) -> None:
-    nursery.run("lose_the_store", 4, tmp_path, killed=(1, 3))
+@both
+def test_without_its_store_a_loss_ends_the_job(nursery: Nursery, tmp_path: Path, memory: str) -> None:
+    nursery.run("lose_the_store", 4, tmp_path, killed=(1, 3), memory=memory)

@@ -184,11 +184,14 @@ def test_copies_advance_as_the_rules_say(case: Case, rng: random.Random) -> None
                 assert made.gates[ShardId(s)] == case.plan.gates[ShardId(s)]
             elif group.owner is not None:
                 assert ShardId(s) not in made.gates
-        # Nothing but copies changes, and no copy is dropped but the old owner of a swap.
+        # Nothing but copies changes, and no copy is dropped but those that a swap has taken the shard from: the owner
+        # before, and where several are swapped in at once, all but the last.
         same = replace(made, epoch=EPOCH, reason="", groups=case.plan.groups, gates=case.plan.gates)
         assert same == case.plan
-        for was, now in zip(case.plan.groups, made.groups, strict=True):
-            assert set(was.everyone) - set(now.everyone) <= ({was.owner} if was.owner != now.owner else set())
+        for s, (was, now) in enumerate(zip(case.plan.groups, made.groups, strict=True)):
+            swapped = {was.owner} | {worker for shard, worker in case.swaps if shard == s and worker in was.joining}
+            assert set(was.everyone) - set(now.everyone) <= (swapped - {now.owner} if was.owner != now.owner else set())
+            assert len(now.confirmed) >= min(len(was.confirmed), case.context.replicas + 1)
     again = shuffled(case, rng)
     other = advance_copies(again.context, again.plan, again.reports, again.swaps)
     assert (other and (other.groups, other.gates)) == (made and (made.groups, made.gates))

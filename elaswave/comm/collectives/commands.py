@@ -6,6 +6,8 @@ from typing import cast
 
 from torch import Tensor
 
+from elaswave.comm.futex import Word
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -30,11 +32,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Await:
-    """Go on once `is_ready()`; `block(seconds)` waits for that, at most so long, and may end early."""
+    """Go on once `is_ready()`, which the rank makes so: `word()` changes before or when it gets so, and wakes."""
 
     rank: int
     is_ready: Callable[[], bool]
-    block: Callable[[float], object]
+    word: Callable[[], Word]
 
 
 Command = Send | Receive | Held | Await

@@ -63,14 +63,15 @@ _RANKS = 1 << 20
 
 
 def agreement(rank: int, size: int, completed: int, reachable: int, found: Tensor) -> Collective:
-    """`found` (int64, 3) becomes: last number completed anywhere, a rank that has, the least number reachable anywhere.
+    """`found` (int64, 4) becomes: last number completed anywhere, a rank that has, the least number reachable anywhere.
 
     completed: the last operation whose result this rank has handed out. reachable: the last one whose result it holds.
+    The last element becomes the maximum of what it is on all ranks.
     """
-    found.copy_(torch.tensor([completed * _RANKS + rank, -reachable, 0]))
+    found[:3] = torch.tensor([completed * _RANKS + rank, -reachable, 0])
     yield from tree_all_reduce(rank, size, found, maximum)
     last = int(found[0])
-    found.copy_(torch.tensor([last // _RANKS, last % _RANKS, -int(found[1])]))
+    found[:3] = torch.tensor([last // _RANKS, last % _RANKS, -int(found[1])])
 
 
 def _ignore(into: Tensor, other: Tensor) -> None:

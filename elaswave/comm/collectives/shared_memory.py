@@ -1,41 +1,49 @@
-"""Shared memory: ranks of one host put their data where all can read it; messages only say that it is there.
+"""Shared memory: ranks of one host put their data where all can read it.
 
-A rank writes to its own arena and reads those of others. An arena has two slots, used in turn by piece after piece: who
-writes to one has passed a barrier that everybody enters after the last read of it. Barriers are counters in the arenas.
+A rank writes to its own arena and reads those of others; in that of rank 0 all write one word that wakes who sleeps.
+An arena has two slots, used in turn: who writes to one has passed a barrier that everybody enters after the last read
+of it. Barriers are counters in the arenas.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from elaswave.comm.collectives.commands import Await, Collective
 from elaswave.comm.collectives.reduction import Combine, even_segments, split
-from elaswave.comm.futex import wait_while, wake
+from elaswave.comm.futex import Word, wake
+from elaswave.errors import ProtocolError
 
 SLOTS = 2
 HEADER_BYTES = 4096
 SMALL_BYTES = 32 << 10
 
+_ENTERED = 0  # places in the header of an arena, in words of 64 bits
+_EXPECTED = 1  # and one more for the second slot
+_WORD_BYTES = 8
+_RELEASED_BYTE = 64  # on a line of the cache of its own; 32 bits, of rank 0 only
+_LOW_BITS = 0xFFFFFFFF
+
 
 class Arenas:
     """Arenas of all ranks, in their order: flat uint8 tensors of equal length. Belongs to one rank and epoch."""
 
-    def __init__(self, rank: int, arenas: Sequence[Tensor], start: int) -> None:
-        """start: the number of the last barrier that any rank has entered before.
+    def __init__(self, rank: int, arenas: Sequence[Tensor], turns: int) -> None:
+        """turns: how often slots have changed, the same on all ranks.
 
-        The slots of all ranks are in step, for all run the same operations from the beginning of an epoch on.
+        No rank has entered a barrier of this or a later turn. All run the same operations from here on, so that turns,
+        which number slots and barriers, stay in step.
         """
         self.rank = rank
         self.size = len(arenas)
+        self.turns = turns
         self._arenas = tuple(arenas)
         self._half_bytes = (arenas[0].numel() - HEADER_BYTES) // (2 * SLOTS) // 64 * 64
-        self._slot = 0
-        self._counts = [arena[:8].numpy().view(np.uint64) for arena in arenas]
-        self._count = start
-        self._counts[rank][0] = start
+        self._heads = [arena[:_RELEASED_BYTE].numpy().data.cast("Q") for arena in arenas]
+        self._released = arenas[0][_RELEASED_BYTE : _RELEASED_BYTE + 4].numpy().data.cast("I")
+        self._released_address = arenas[0].data_ptr() + _RELEASED_BYTE
 
     def capacity(self, dtype: torch.dtype) -> int:
         """Elements of a piece."""
@@ -43,34 +51,55 @@ class Arenas:
 
     def advance(self) -> None:
         """Use the other slot from now on."""
-        self._slot = (self._slot + 1) % SLOTS
+        self.turns += 1
 
-    def barrier(self) -> Collective:
-        """Nobody leaves before everybody has entered. Needs a processor that keeps the order of stores, as x86-64."""
-        self._count += 1
-        self._counts[self.rank][0] = self._count
-        wake(self._arenas[self.rank].data_ptr())
+    def enter(self, expected_bytes: int) -> Collective:
+        """The first barrier of a turn, after this rank has given its part.
+
+        Raises ProtocolError, on all ranks, where they do not expect the same amount of data.
+        """
+        place = _EXPECTED + self.turns % SLOTS
+        self._heads[self.rank][place] = expected_bytes
+        yield from self._barrier(2 * self.turns + 1)
+        for rank, head in enumerate(self._heads):
+            if head[place] != expected_bytes:
+                raise ProtocolError(
+                    f"rank {rank} works on {head[place]} bytes, while rank {self.rank} expects {expected_bytes} bytes: "
+                    "all ranks must call the same operations with the same shapes"
+                )
+
+    def meet(self) -> Collective:
+        """The second barrier of a turn, after this rank has made its part of the result."""
+        yield from self._barrier(2 * self.turns + 2)
+
+    def _barrier(self, number: int) -> Collective:
+        """Nobody leaves before everybody has entered. Needs a processor that keeps the order of stores, as x86-64.
+
+        Who sleeps is woken once, when all are in. Of two that enter last one sees the other at the latest when it is
+        about to sleep: between its own store and its second look it has taken a lock, which no load overtakes.
+        """
+        self._heads[self.rank][_ENTERED] = number
         for distance in range(1, self.size):
             rank = (self.rank + distance) % self.size
-            if not self._is_in(rank):
-                yield Await(rank, partial(self._is_in, rank), partial(self._block, rank))
+            if self._heads[rank][_ENTERED] < number:
+                yield Await(rank, partial(self._is_in, rank, number), self._word)
+        if self._released[0] != number & _LOW_BITS:
+            self._released[0] = number & _LOW_BITS
+            wake(self._released_address)
 
-    def _is_in(self, rank: int) -> bool:
-        return bool(self._counts[rank][0] >= self._count)
+    def _is_in(self, rank: int, number: int) -> bool:
+        return self._heads[rank][_ENTERED] >= number
 
-    def _block(self, rank: int, limit_s: float) -> None:
-        # Read first: the call returns at once where the counter has changed since.
-        seen = int(self._counts[rank][0])
-        if seen < self._count:
-            wait_while(self._arenas[rank].data_ptr(), seen, limit_s)
+    def _word(self) -> Word:
+        return Word(self._released_address, self._released[0])
 
     def given(self, rank: int, like: Tensor) -> Tensor:
         """Where a rank puts its own data; a view with the length and dtype of `like`."""
-        return self._view(2 * self._slot, rank, like)
+        return self._view(2 * (self.turns % SLOTS), rank, like)
 
     def made(self, rank: int, like: Tensor) -> Tensor:
         """Where a rank puts its part of the result."""
-        return self._view(2 * self._slot + 1, rank, like)
+        return self._view(2 * (self.turns % SLOTS) + 1, rank, like)
 
     def _view(self, half: int, rank: int, like: Tensor) -> Tensor:
         start = HEADER_BYTES + half * self._half_bytes
@@ -82,18 +111,19 @@ def shared_all_reduce(arenas: Arenas, tensor: Tensor, combine: Combine) -> Colle
 
     Who passes the last barrier has its result, and everybody else can still read it: see `shared_catch_up`.
     """
-    if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes <= SMALL_BYTES:
         arenas.given(arenas.rank, tensor).copy_(tensor)
-        yield from arenas.barrier()
+        yield from arenas.enter(nbytes)
         _combine_all(arenas, tensor, combine)
         arenas.advance()
         return
     for piece in split(tensor, _pieces(tensor, arenas)):
         segments = even_segments(piece.numel(), arenas.size)
         arenas.given(arenas.rank, piece).copy_(piece)
-        yield from arenas.barrier()
+        yield from arenas.enter(nbytes)
         _combine_segment(arenas, piece, segments, combine)
-        yield from arenas.barrier()
+        yield from arenas.meet()
         _collect(arenas, piece, segments)
         arenas.advance()
 
@@ -102,9 +132,10 @@ def shared_catch_up(arenas: Arenas, tensor: Tensor, combine: Combine) -> None:
     """Finish an all-reduce that has waited in its last barrier, and that another rank has completed."""
     if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
         _combine_all(arenas, tensor, combine)
-        return
-    pieces = split(tensor, _pieces(tensor, arenas))
-    _collect(arenas, pieces[-1], even_segments(pieces[-1].numel(), arenas.size))
+    else:
+        pieces = split(tensor, _pieces(tensor, arenas))
+        _collect(arenas, pieces[-1], even_segments(pieces[-1].numel(), arenas.size))
+    arenas.advance()  # others may still have to do the same: this rank must not write there in the next epoch
 
 
 def _combine_all(arenas: Arenas, tensor: Tensor, combine: Combine) -> None:
@@ -134,7 +165,7 @@ def shared_all_gather(arenas: Arenas, segments: Sequence[Tensor]) -> Collective:
     for start in range(0, max(1, *(segment.numel() for segment in segments)), capacity):
         pieces = [segment[start : start + capacity] for segment in segments]
         arenas.given(arenas.rank, pieces[arenas.rank]).copy_(pieces[arenas.rank])
-        yield from arenas.barrier()
+        yield from arenas.enter(_bytes_of(segments))
         for rank, piece in enumerate(pieces):
             if rank != arenas.rank:
                 piece.copy_(arenas.given(rank, piece))
@@ -149,7 +180,7 @@ def shared_reduce_scatter(arenas: Arenas, segments: Sequence[Tensor], combine: C
         pieces = [segment[start : start + capacity] for segment in segments]
         whole = torch.cat(pieces)
         arenas.given(arenas.rank, whole).copy_(whole)
-        yield from arenas.barrier()
+        yield from arenas.enter(_bytes_of(segments))
         offset = sum(piece.numel() for piece in pieces[: arenas.rank])
         length = pieces[arenas.rank].numel()
         total = mine[start : start + length]
@@ -163,3 +194,7 @@ def _pieces(tensor: Tensor, arenas: Arenas) -> list[int]:
     capacity = arenas.capacity(tensor.dtype)
     whole, rest = divmod(tensor.numel(), capacity)
     return [capacity] * whole + ([rest] if rest or not whole else [])
+
+
+def _bytes_of(segments: Sequence[Tensor]) -> int:
+    return sum(segment.numel() * segment.element_size() for segment in segments)
