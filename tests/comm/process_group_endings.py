@@ -222,7 +222,7 @@ def lose_the_store(place: Place) -> object:
         os.kill(pid, signal.SIGKILL)
     dist.barrier()
     if rank == 1:
-        die_after(group, 20)
+        die_after(group, 2)
     start = time.monotonic()
     with raises(LinkClosed, match="store"), group.guard():
         loss_of(model, batch_of(rank, 0)).backward()

@@ -212,7 +212,7 @@ def undisturbed_losses() -> list[float]:
 
 @pytest.mark.parametrize(("second", "memory"), [(0, MEMORY), (1, MEMORY), (1, LINKS)])
 def test_a_rank_lost_while_the_others_reconfigure(nursery: Nursery, tmp_path: Path, second: int, memory: str) -> None:
-    losses = [(2, 1, 40), (second, 1, -1)]
+    losses = [(2, 1, 6), (second, 1, -1)]
     found = nursery.run("trains_on", 4, tmp_path, killed=(2, second), memory=memory, trainer="ddp", losses=losses)
     check_history(found, 4, {2: 1, second: 1})
 
