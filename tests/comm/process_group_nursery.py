@@ -2,8 +2,8 @@
 
 Each line it reads is {"job": name, "arguments": {}, "size": ranks, "folder": where, "limit_s": seconds, "memory": "1"}
 (or "0": ranks use links only); the answer are the ranks' exit codes, negative for signals. What a rank returns is in
-FOLDER/RANK.json, what it writes in FOLDER/RANK.txt. The nursery never makes a store or a thread itself: neither survives
-a fork.
+FOLDER/RANK.json, what it writes in FOLDER/RANK.txt. The nursery never makes a store or a thread itself: neither
+survives a fork.
 """
 
 import json
