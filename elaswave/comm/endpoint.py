@@ -174,6 +174,7 @@ class Endpoint:
             if not communicator.idle:
                 communicator.fail(LinkClosed(f"the group {communicator.name} was destroyed while it was in use"))
         self._settle()
+        self._inbox.put(Woken())  # who drives may wait for just this
         with self._state:
             self._communicators.pop(communicator.identity, None)
             self._mailboxes.pop(communicator.identity, None)

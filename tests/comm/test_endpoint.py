@@ -200,6 +200,11 @@ def test_closing_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int)
             waiting.result(LIMIT_S)
 
 
+def is_asleep(endpoint: Endpoint) -> bool:
+    """Some thread waits for messages, or for memory."""
+    return endpoint._inbox._asleep or endpoint._inbox._dozing
+
+
 @pytest.mark.parametrize("arena_bytes", ARENAS)
 def test_dropping_a_communicator_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int) -> None:
     with gang(tmp_path, 2) as ranks:
@@ -207,6 +212,8 @@ def test_dropping_a_communicator_ends_a_wait_of_another_thread(tmp_path: Path, a
         ranks.on_all(lambda rank: sum_of_ones(groups[rank]))
         operation = groups[0].all_reduce(torch.ones(5))
         waiting = ranks.pool.submit(groups[0].endpoint.wait, operation)
+        while not is_asleep(groups[0].endpoint):
+            os.sched_yield()
         groups[0].endpoint.drop(groups[0].communicator)
         with pytest.raises(LinkClosed, match="the group all was destroyed"):
             waiting.result(LIMIT_S)
