@@ -187,6 +187,7 @@ class Endpoint:
             report = communicator.edit(epoch, remove, add, time.monotonic())
             self._mailboxes[communicator.identity].edited()
         self._settle()
+        self._inbox.put(Woken())  # what is awaited may have ended here, or be something else now
         return report
 
     def acknowledge(self, communicator: Communicator, deadline: float) -> None:
