@@ -171,6 +171,7 @@ class Endpoint:
             if not communicator.idle:
                 communicator.fail(LinkClosed(f"the group {communicator.name} was destroyed while it was in use"))
         self._settle()
+        self._inbox.put(Woken())  # who drives may wait for just this
         with self._state:
             self._communicators.pop(communicator.identity, None)
             self._mailboxes.pop(communicator.identity, None)
@@ -183,6 +184,7 @@ class Endpoint:
             report = communicator.edit(epoch, remove, add, time.monotonic())
             self._mailboxes[communicator.identity].edited()
         self._settle()
+        self._inbox.put(Woken())  # what is awaited may have ended here, or be something else now
         return report
 
     def acknowledge(self, communicator: Communicator, deadline: float) -> None:

@@ -200,6 +200,11 @@ def test_closing_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int)
             waiting.result(LIMIT_S)
 
 
+def is_asleep(endpoint: Endpoint) -> bool:
+    """Some thread waits for messages, or for memory."""
+    return endpoint._inbox._asleep or endpoint._inbox._dozing
+
+
 @pytest.mark.parametrize("arena_bytes", ARENAS)
 def test_dropping_a_communicator_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int) -> None:
     with gang(tmp_path, 2) as ranks:
@@ -207,9 +212,25 @@ def test_dropping_a_communicator_ends_a_wait_of_another_thread(tmp_path: Path, a
         ranks.on_all(lambda rank: sum_of_ones(groups[rank]))
         operation = groups[0].all_reduce(torch.ones(5))
         waiting = ranks.pool.submit(groups[0].endpoint.wait, operation)
+        while not is_asleep(groups[0].endpoint):
+            os.sched_yield()
         groups[0].endpoint.drop(groups[0].communicator)
         with pytest.raises(LinkClosed, match="the group all was destroyed"):
             waiting.result(LIMIT_S)
+
+
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_an_edit_that_leaves_one_rank_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups(arena_bytes=arena_bytes)
+        ranks.on_all(lambda rank: sum_of_ones(groups[rank]))
+        operation = groups[0].all_reduce(torch.ones(5))
+        waiting = ranks.pool.submit(groups[0].endpoint.wait, operation)
+        while not is_asleep(groups[0].endpoint):
+            os.sched_yield()
+        groups[0].endpoint.edit(groups[0].communicator, 1, (WorkerId(1),))
+        with pytest.raises(EpochChanged):
+            waiting.result(LIMIT_S / 2)
 
 
 @pytest.mark.parametrize("meta", [b"", b"12345678", b"x" * 19])
