@@ -8,18 +8,23 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "integration"))
 
 from covering import check_scenario
 from harness import make_ground
-from scenario import Scenario, full_product
+from scenario import SOAK_FEATURES, Scenario, full_product
 
 
 def main() -> int:
     arguments = read_arguments()
-    scenarios = [Scenario.of(row) for row in full_product()]
+    scenarios = [
+        replace(scenario, features=scenario.features | frozenset(more))
+        for scenario in map(Scenario.of, full_product())
+        for more in ((), SOAK_FEATURES)
+    ]
     scenarios = [scenario for scenario in scenarios if arguments.only in scenario.name]
     random.Random(arguments.seed).shuffle(scenarios)
     started_at = time.monotonic()

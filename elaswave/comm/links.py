@@ -24,7 +24,7 @@ from elaswave.errors import ConfigError, DeadlineExceeded, InvariantError, LinkC
 
 Payload = bytes | bytearray | memoryview | NDArray[np.uint8]
 
-SHARED_BYTES = 16 << 10
+SHARED_BYTES = 8 << 10
 """Payloads from here on go through shared memory where that is on: smaller ones cost less in the frame."""
 
 JOIN_LIMIT_S = 2.0  # the I/O thread never waits for a peer, so only a hogged machine takes it this long

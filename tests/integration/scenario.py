@@ -24,8 +24,10 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
     "bf16": OFF_ON,
     "unbuffered": OFF_ON,
     "capped": OFF_ON,
-    "ring": OFF_ON,
+    "tcp": OFF_ON,
 }
+SOAK_FEATURES = ("ring",)
+"""On or off in runs of scripts/soak.py; tests/integration/test_ring_jobs.py has a few of them."""
 
 STEP = 3
 """At which faults strike, counted from 0."""
@@ -102,7 +104,7 @@ class Scenario:
     def name(self) -> str:
         """For people and for pytest -k."""
         failure = self.kind if self.kind in _NO_PHASE else f"{self.kind}-{self.phase}"
-        return "-".join([self.layout, failure, *(name for name in FACTORS if name in self.features)])
+        return "-".join([self.layout, failure, *(name for name in (*FACTORS, *SOAK_FEATURES) if name in self.features)])
 
     @property
     def job(self) -> TinyOptions:
@@ -144,6 +146,7 @@ class Scenario:
         flags += [f"--max-restarts={int(self.kind == 'restart')}"]
         flags += ["--unbuffered"] if "unbuffered" in self.features else []
         flags += [f"--log-cap={LOG_CAP_BYTES}"] if "capped" in self.features else []
+        flags += ["--link-transport=tcp"] if "tcp" in self.features else []
         flags += ["--reduce=ring"] if "ring" in self.features else []
         return flags + [f"--inject={spec}" for spec in self._injections()]
 
