@@ -207,7 +207,7 @@ def trains_on(place: Place) -> object:
         trainer = TRAINERS[place.arguments["trainer"]](**place.arguments.get("options", {}))
         while len(history) < STEPS:
             for worker, step, lines in place.arguments["losses"]:
-                # The others may be lost, and this rank hear of it, before it has begun the step: it waits for that early.
+                # This rank may hear of the loss before it has begun the step, so it waits for that early.
                 begins = 0 if lines == IN_AGREEMENT else step
                 if (worker, begins) == (place.rank, len(history)):
                     die_after(group, lines)
