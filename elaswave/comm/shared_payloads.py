@@ -182,13 +182,14 @@ class PayloadPool:
             self._free.setdefault(block.capacity, deque()).append(block)
         capacity = -(-max(nbytes, 1) // GRAIN_BYTES) * GRAIN_BYTES
         free = self._free.setdefault(capacity, deque())
-        for _ in range(min(SETTLE_TRIES, len(free))):
-            block = free.popleft()
+        # The newest first: its memory is in the caches still.
+        for place in range(len(free) - 1, max(-1, len(free) - 1 - SETTLE_TRIES), -1):
+            block = free[place]
             if self._is_settled(block):
+                del free[place]
                 block.sent.clear()
                 block.segment.data[block.start : block.start + FLAGS] = 0
                 return block
-            free.append(block)
         return self._add(capacity)
 
     def _is_settled(self, block: _Block) -> bool:
