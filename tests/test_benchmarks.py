@@ -13,18 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = (
-    "run",
-    "links",
-    "step_time",
-    "redundancy",
-    "startup",
-    "recovery",
-    "detection",
-    "rivals",
-    "communicators",
-    "algorithms",
-)
 sys.path.append(str(FOLDER))
 
 from common import (  # noqa: E402 - the folder of the scripts is on their path only
@@ -40,6 +28,9 @@ from common import (  # noqa: E402 - the folder of the scripts is on their path 
 )
 from instructions import RECORD, Execution, Loss, Records, Samples, Work, longest_gap, undisturbed_gaps  # noqa: E402
 from rival_systems import disturbance_of  # noqa: E402
+from run import NAMES  # noqa: E402
+
+SCRIPTS = ("run", *NAMES)
 
 FIGURES = st.lists(st.floats(min_value=-1e6, max_value=1e6), min_size=1, max_size=50)
 

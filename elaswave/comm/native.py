@@ -124,13 +124,17 @@ class HybridGroup:
 
     def rearm(self) -> None:
         """Drop the native communicator, if any, and build one of the members as they are now, behind the training."""
-        if self._build is not None:
-            self._build.abandon()
-        self._native = None
+        self.close()
         communicator = self._group.communicator
         rank, size = communicator.rank, communicator.size
         name = f"{self._name}/{communicator.epoch}"
         self._build = _Build(lambda: self._factory(name, rank, size), name)
+
+    def close(self) -> None:
+        """Drop the native communicator, or the build of one, for good. The elastic group stays."""
+        if self._build is not None:
+            self._build.abandon()
+        self._build = self._native = None
 
     def built(self, deadline: float) -> bool:
         """Wait for this rank's build to end; whether there is one."""

@@ -29,7 +29,6 @@ from elaswave.errors import LinkClosed, ProtocolError
 DESCRIPTOR = struct.Struct("<IIQQQQ")
 """File descriptor in the sender, flag, bytes of the segment, start of the block, start and length of the payload."""
 
-ALIGNMENT_BYTES = 64
 FLAGS = 64
 """Frames that may refer to one block before it is used anew; further ones are copied to another block."""
 
@@ -159,6 +158,9 @@ class PayloadPool:
                 self._ended.discard(peer)
             except ProcessLookupError:
                 self._ended.add(peer)
+            except OSError:
+                # Another PID namespace, or no descriptor left: its end stays unknown, and what it had borrowed unused.
+                self._ended.discard(peer)
 
     def close(self) -> None:
         """Lend no more. Peers keep what they have mapped; memory goes with its last view."""
@@ -277,5 +279,7 @@ def _map(process: int, file: int, nbytes: int) -> Bytes:
         if found != nbytes or fcntl.fcntl(opened, fcntl.F_GET_SEALS) != SEALS:
             raise ProtocolError(f"{path} of a peer has {found} bytes: must be sealed memory of {nbytes}")
         return np.frombuffer(mmap.mmap(opened, nbytes), dtype=np.uint8)
+    except OSError as error:
+        raise LinkClosed(f"{path} of a peer cannot be mapped as its shared memory: {error.strerror}") from error
     finally:
         os.close(opened)

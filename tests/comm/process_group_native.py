@@ -66,6 +66,8 @@ def swap_and_lose(place: Place) -> object:
             assert found == [expected(members, step, index) for index in range(TENSORS)], (step, found)
             ways += way
             step += 1
+        hybrid.close()
+        assert not hybrid.is_native
     return ways
 
 

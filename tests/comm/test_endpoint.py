@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -205,15 +205,20 @@ def is_asleep(endpoint: Endpoint) -> bool:
     return endpoint._inbox._asleep or endpoint._inbox._dozing
 
 
+def asleep_in_an_all_reduce(ranks: Gang, group: Group) -> Future[None]:
+    """A thread that waits for an all-reduce which nobody else has started."""
+    waiting = ranks.pool.submit(group.endpoint.wait, group.all_reduce(torch.ones(5)))
+    while not is_asleep(group.endpoint):
+        os.sched_yield()
+    return waiting
+
+
 @pytest.mark.parametrize("arena_bytes", ARENAS)
 def test_dropping_a_communicator_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int) -> None:
     with gang(tmp_path, 2) as ranks:
         groups = ranks.groups(arena_bytes=arena_bytes)
         ranks.on_all(lambda rank: sum_of_ones(groups[rank]))
-        operation = groups[0].all_reduce(torch.ones(5))
-        waiting = ranks.pool.submit(groups[0].endpoint.wait, operation)
-        while not is_asleep(groups[0].endpoint):
-            os.sched_yield()
+        waiting = asleep_in_an_all_reduce(ranks, groups[0])
         groups[0].endpoint.drop(groups[0].communicator)
         with pytest.raises(LinkClosed, match="the group all was destroyed"):
             waiting.result(LIMIT_S)
@@ -224,10 +229,7 @@ def test_an_edit_that_leaves_one_rank_ends_a_wait_of_another_thread(tmp_path: Pa
     with gang(tmp_path, 2) as ranks:
         groups = ranks.groups(arena_bytes=arena_bytes)
         ranks.on_all(lambda rank: sum_of_ones(groups[rank]))
-        operation = groups[0].all_reduce(torch.ones(5))
-        waiting = ranks.pool.submit(groups[0].endpoint.wait, operation)
-        while not is_asleep(groups[0].endpoint):
-            os.sched_yield()
+        waiting = asleep_in_an_all_reduce(ranks, groups[0])
         groups[0].endpoint.edit(groups[0].communicator, 1, (WorkerId(1),))
         with pytest.raises(EpochChanged):
             waiting.result(LIMIT_S / 2)

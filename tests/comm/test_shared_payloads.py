@@ -155,8 +155,18 @@ def test_a_descriptor_of_another_length_and_a_file_that_is_no_sealed_memory_are_
         borrower.borrow(b"abc", MANY)
     plain = tmp_path / "plain"
     plain.write_bytes(bytes(8192))
-    with plain.open("r+b") as opened, pytest.raises((ProtocolError, OSError)):
+    with plain.open("r+b") as opened, pytest.raises((ProtocolError, LinkClosed)):
         borrower.borrow(DESCRIPTOR.pack(opened.fileno(), 0, 8192, 0, 64, 1), MANY)
+
+
+def test_a_peer_whose_process_cannot_be_watched_keeps_what_it_has_borrowed(pool: PayloadPool) -> None:
+    pool.connected(PEER, 0)  # what the kernel says of a process of another PID namespace
+    mine = pool.take(50_000)
+    place = address(mine)
+    assert mine is not None
+    lent(pool, mine)
+    del mine
+    assert place not in places(pool, 50_000)
 
 
 def test_links_of_one_host_share_payloads_and_small_ones_stay_in_the_frame(tmp_path: Path) -> None:
