@@ -1,11 +1,12 @@
 """The zygote: imports torch once and forks workers for the agents of one machine.
 
-`python -m elaswave.runtime.zygote --socket PATH --parent-pid N`. One thread, no gRPC, no torch operation, CUDA not
+`python -m elaswave.runtime.zygote --socket PATH [--parent-pid N]`. One thread, no gRPC, no torch operation, CUDA not
 touched: a fork of such a process is a sound worker. Where that does not hold, it answers Unavailable and ends with exit
 code 3.
 
-Ownership: the zygote dies with its parent, workers die with the zygote (kernel), and with the agent that asked for
-them: when its connection ends, for whatever reason, the zygote kills and reaps them: a node dies with its agent.
+Ownership: the zygote dies with the parent that is named; a resident one has none, and its user ends it. Workers die
+with the zygote (kernel), and with the agent that asked for them: when its connection ends, for whatever reason, the
+zygote kills and reaps them: a node dies with its agent.
 """
 
 import argparse
@@ -270,9 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until ended; returns the exit code. A forked child becomes a worker in here and does not return."""
     parser = argparse.ArgumentParser(prog="python -m elaswave.runtime.zygote")
     parser.add_argument("--socket", required=True)
-    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--parent-pid", type=int, help="end with this process, which is the parent")
     options = parser.parse_args(arguments)
-    end_with_parent(options.parent_pid)
+    if options.parent_pid is not None:
+        end_with_parent(options.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for variable in _ONE_THREAD_VARIABLES:
         os.environ[variable] = "1"

@@ -72,7 +72,7 @@ def all_commands(launch: Launch, place: Place, environment: Mapping[str, str]) -
     options = launch.options
     base = dict(environment)
     found = []
-    if options.start == "fork":
+    if options.start == "fork" and options.zygote is None:
         arguments = python(
             "elaswave.runtime.zygote", "--socket", _zygote_socket(place), "--parent-pid", str(os.getpid())
         )
@@ -152,7 +152,7 @@ def agent_arguments(launch: Launch, place: Place, rank: int) -> tuple[str, ...]:
         "max-restarts": config.max_restarts,
     }
     flags = [f"--{name}={value}" for name, value in values.items()]
-    flags.append("--spawn" if options.start == "spawn" else f"--zygote={_zygote_socket(place)}")
+    flags.append("--spawn" if options.start == "spawn" else f"--zygote={options.zygote or _zygote_socket(place)}")
     if options.module:
         flags.append("--module")
     return python("elaswave_agent", *flags, "--", options.script, *options.script_args)

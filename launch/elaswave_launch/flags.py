@@ -139,6 +139,8 @@ OUR_FLAGS: tuple[Flag, ...] = (
           metavar="BYTES"),
     _ours("--start", "fork: workers from a process that has imported torch; spawn: each from scratch", "fork",
           metavar="fork|spawn"),
+    _ours("--zygote", "fork workers from the resident zygote that serves at this socket (docs/launch.md)",
+          metavar="SOCKET"),
     _ours("--link-transport", "how workers of one machine are connected", "shared", metavar="shared|unix|tcp"),
     _ours("--node-suspect-s", "seconds without a beat until a node is lost (default: 3, --standalone 30)", "",
           metavar="SECONDS"),

@@ -62,6 +62,9 @@ class LaunchOptions:
     unbuffered: bool
     log_cap_bytes: int
     start: str
+    zygote: Path | None
+    """Socket of a resident zygote; None: the job has its own."""
+
     link_transport: str
     node_suspect_s: float
     token_file: Path | None
@@ -114,6 +117,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         unbuffered=parsed.switch("unbuffered"),
         log_cap_bytes=_size(parsed, "log_cap"),
         start=_choice(parsed, "start", ("fork", "spawn")),
+        zygote=_zygote(parsed),
         link_transport=_transport(parsed, standalone or nnodes == 1),
         node_suspect_s=_node_suspect_s(parsed, standalone),
         token_file=_path(parsed, "token_file"),
@@ -248,6 +252,13 @@ def _transport(parsed: Parsed, one_machine: bool) -> str:
             raise ConfigError(f"--link-transport {transport}: nodes on several machines are connected by tcp")
         return "tcp"
     return transport
+
+
+def _zygote(parsed: Parsed) -> Path | None:
+    path = _path(parsed, "zygote")
+    if path is not None and parsed.text("start") == "spawn":
+        raise ConfigError(f"--zygote {path} forks workers, --start spawn does not: leave one of them out")
+    return path
 
 
 def _choice(parsed: Parsed, key: str, choices: tuple[str, ...]) -> str:

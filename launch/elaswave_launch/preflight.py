@@ -19,6 +19,7 @@ from elaswave_launch.options import Devices, LaunchOptions
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _MAX_TOKEN_BYTES = 4096
 _MIN_TOKEN_BYTES = 16
+_ANSWER_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,8 @@ def check_machine(options: LaunchOptions, environment: Mapping[str, str]) -> Lau
     for flag, folder in (("--log-dir", options.log_dir), ("--save-dir", options.save_dir)):
         if folder is not None:
             _check_folder(flag, folder)
+    if options.zygote is not None:
+        _check_zygote(options.zygote)
     resume_from = find_start(options)
     token = _token(options, environment)
     if options.starts_controller:
@@ -148,6 +151,18 @@ def _try_writing(flag: str, path: Path, folder: Path) -> None:
             file.write(b"x")
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot write in {folder}: {error.strerror}") from error
+
+
+def _check_zygote(path: Path) -> None:
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+        probe.settimeout(_ANSWER_LIMIT_S)
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            raise ConfigError(
+                f"--zygote {path}: nothing answers there ({error}); start one with"
+                " python -m elaswave.runtime.zygote --socket PATH, or leave the flag out"
+            ) from error
 
 
 def _check_port(host: str, port: int) -> None:

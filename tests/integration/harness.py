@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import psutil
+from resident import Resident
 from tiny_job import TinyOptions, make_job
 
 from elaswave.runtime.reference import train_reference
@@ -25,6 +26,7 @@ LIMIT_S = 100.0
 """For a whole run; ordinary ones take a few seconds."""
 
 _LEAVE_LIMIT_S = 5.0
+_LOOK_S = 0.02
 _LOG_TAIL_BYTES = 3000
 SCRIPT = Path(__file__).with_name("tiny_job.py")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -199,9 +201,10 @@ class Job:
 class Ground:
     """Where the runs of one test happen: a working folder, and a run folder that only they use."""
 
-    def __init__(self, work: Path, runtime: Path) -> None:
+    def __init__(self, work: Path, runtime: Path, resident: Resident | None) -> None:
         self.work = work
         self._runtime = runtime
+        self._resident = resident
         self._jobs: list[Job] = []
         self._shared_memory = _shared_memory()
 
@@ -223,7 +226,8 @@ class Ground:
         folder = self.work / f"run{len(self._jobs)}"
         folder.mkdir()
         report = folder / "report.json"
-        arguments = [*flags, f"--report={report}", f"--log-dir={folder / 'logs'}", str(script), *script_flags]
+        zygote = [] if self._resident is None else [f"--zygote={self._resident.socket}"]
+        arguments = [*flags, *zygote, f"--report={report}", f"--log-dir={folder / 'logs'}", str(script), *script_flags]
         job = Job(arguments, folder, self.environment, report, limit_s)
         self._jobs.append(job)
         return job
@@ -249,7 +253,7 @@ class Ground:
         for process in alive:
             process.kill()
         assert not described, f"processes stay: {described}"
-        assert _shared_memory() <= self._shared_memory, "shared memory stays"
+        self._check_shared_memory()
         base = self._runtime / f"elaswave-{os.getuid()}"
         folders = sorted(base.iterdir()) if base.exists() else []
         assert killed or not folders, f"run folders stay: {folders}"
@@ -261,9 +265,16 @@ class Ground:
         for process in self._processes():
             process.kill()
 
+    def _check_shared_memory(self) -> None:
+        """Other tests that run now make and remove segments too: what is gone soon is not left by this one."""
+        deadline = time.monotonic() + _LEAVE_LIMIT_S
+        while left := _shared_memory() - self._shared_memory:
+            assert time.monotonic() < deadline, f"shared memory stays: {sorted(left)}"
+            time.sleep(_LOOK_S)
+
     def _processes(self) -> list[psutil.Process]:
         """Everything that was started for a run here, whoever its parent is now."""
-        found = []
+        found = [] if self._resident is None else self._resident.workers()
         for process in psutil.process_iter():
             try:
                 ours = process.environ().get("XDG_RUNTIME_DIR") == str(self._runtime)
@@ -275,10 +286,13 @@ class Ground:
 
 
 @contextmanager
-def make_ground(work: Path) -> Iterator[Ground]:
-    """A place for runs. Its run folder has a short path, as those of sockets are limited."""
+def make_ground(work: Path, resident: Resident | None = None) -> Iterator[Ground]:
+    """A place for runs, forked from `resident` or each from a zygote of its own.
+
+    Its run folder has a short path, as those of sockets are limited.
+    """
     runtime = Path(tempfile.mkdtemp(prefix="ew", dir="/tmp"))
-    ground = Ground(work, runtime)
+    ground = Ground(work, runtime, resident)
     try:
         yield ground
     finally:

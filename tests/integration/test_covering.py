@@ -11,8 +11,8 @@ SCENARIOS = [Scenario.of(row) for row in all_pairs(FACTORS, allowed_in_pairs)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=[scenario.name for scenario in SCENARIOS])
-def test_same_bits_whatever_fails(ground: Ground, scenario: Scenario) -> None:
-    check_scenario(ground, scenario)
+def test_same_bits_whatever_fails(warm_ground: Ground, scenario: Scenario) -> None:
+    check_scenario(warm_ground, scenario)
 
 
 @pytest.mark.slow

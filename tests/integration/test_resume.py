@@ -38,45 +38,45 @@ def assert_resumed(ended: Ended, job: TinyOptions, first: int) -> None:
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_everything_is_killed_and_another_layout_goes_on(ground: Ground, tmp_path: Path, layout: str) -> None:
+def test_everything_is_killed_and_another_layout_goes_on(warm_ground: Ground, tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "saved"
-    job = ground.start([*saving(folder), *TWO_BY_TWO], [*JOB.flags(), "--print-steps=1"])
+    job = warm_ground.start([*saving(folder), *TWO_BY_TWO], [*JOB.flags(), "--print-steps=1"])
     job.wait_line(f"tiny step {4 * SAVE_EVERY}$")
     job.process.kill()
     job.wait()
-    ground.check_nothing_left(killed=True)
+    warm_ground.check_nothing_left(killed=True)
     first = newest(folder)
     assert first % SAVE_EVERY == 0
     assert SAVE_EVERY <= first < JOB.steps
-    ended = ground.run([*saving(folder), "--resume=auto", *OTHERS[layout]], JOB.flags())
+    ended = warm_ground.run([*saving(folder), "--resume=auto", *OTHERS[layout]], JOB.flags())
     assert_resumed(ended, JOB, first)
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(ground: Ground, tmp_path: Path) -> None:
+def test_a_longer_run_goes_on_from_a_finished_one(warm_ground: Ground, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     short, long = TinyOptions(steps=10), TinyOptions(steps=14)
-    assert ground.run([*saving(folder), *TWO_BY_TWO], short.flags()).exit_code == 0
+    assert warm_ground.run([*saving(folder), *TWO_BY_TWO], short.flags()).exit_code == 0
     assert newest(folder) == 10
-    refused = ground.run([*saving(folder), "--resume=never", *TWO_BY_TWO], long.flags())
+    refused = warm_ground.run([*saving(folder), "--resume=never", *TWO_BY_TWO], long.flags())
     assert refused.exit_code == 93
-    ended = ground.run(["--standalone", f"--resume={folder / 'step_10'}", *OTHERS["4x1"]], long.flags())
+    ended = warm_ground.run(["--standalone", f"--resume={folder / 'step_10'}", *OTHERS["4x1"]], long.flags())
     assert_resumed(ended, long, 10)
 
 
-def test_another_job_is_refused(ground: Ground, tmp_path: Path) -> None:
+def test_another_job_is_refused(warm_ground: Ground, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
-    assert ground.run([*saving(folder), *TWO_BY_TWO], TinyOptions(steps=6).flags()).exit_code == 0
+    assert warm_ground.run([*saving(folder), *TWO_BY_TWO], TinyOptions(steps=6).flags()).exit_code == 0
     other = TinyOptions(steps=12, layers=6)
-    refused = ground.run([*saving(folder), *TWO_BY_TWO], other.flags())
+    refused = warm_ground.run([*saving(folder), *TWO_BY_TWO], other.flags())
     assert refused.exit_code == 93, refused.story()
     assert "Traceback" not in refused.err
 
 
-def test_the_job_goes_back_to_its_checkpoint_when_state_is_lost(ground: Ground, tmp_path: Path) -> None:
+def test_the_job_goes_back_to_its_checkpoint_when_state_is_lost(warm_ground: Ground, tmp_path: Path) -> None:
     job = TinyOptions(steps=20)
     kills = [f"--inject=kill:worker={worker},step=12,phase=forward" for worker in (1, 2, 3)]
     flags = [*saving(tmp_path / "saved"), *OTHERS["4x1"], "--max-restarts=4", *kills]
-    ended = ground.run(flags, job.flags())
+    ended = warm_ground.run(flags, job.flags())
     assert ended.exit_code == 0, ended.story()
     report, wanted = ended.need_report(), oracle(job)
     assert report.losses == wanted.losses, report.text

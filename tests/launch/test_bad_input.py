@@ -72,6 +72,9 @@ CASES = [
     ([*ONE, "--log-dir", "script.py/logs"], "script.py is not a folder"),
     ([*ONE, "--log-dir", "/proc/x"], "--log-dir /proc/x: cannot write in /proc"),
     ([*ONE, "--save-dir", "/proc/x/y"], "--save-dir /proc/x/y: cannot write in /proc"),
+    ([*ONE, "--zygote", "missing"], "missing: nothing answers there ([Errno 2] No such file or directory)"),
+    ([*ONE, "--zygote", "script.py"], "script.py: nothing answers there ([Errno 111] Connection refused)"),
+    ([*ONE, "--zygote", "z", "--start", "spawn"], "forks workers, --start spawn does not"),
     ([*ONE, "--token-file", "missing"], "missing: cannot be read"),
     ([*ONE, "--token-file", "script.py"], "must hold at least 16 printable characters"),
     # endpoints
