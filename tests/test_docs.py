@@ -92,7 +92,7 @@ def test_rules_that_code_cites_exist() -> None:
 def test_flags_exist() -> None:
     help_text = build_parser().format_help()
     known = {*re.findall(r"--[a-z][a-z_-]*", help_text), *OTHER_FLAGS}
-    for folder in ("examples", "scripts", "benchmarks"):
+    for folder in ("examples", "scripts", "benchmarks", "elaswave"):
         for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', path.read_text()))
     unknown = {

@@ -157,6 +157,7 @@ worker_settings = built(
     want_digest=st.booleans(),
     link_transport=st.sampled_from(["shared", "unix", "tcp"]),
     link_host=line,
+    shard_elements=st.integers(1, 2**40),
 )
 commands = st.one_of(
     injections,

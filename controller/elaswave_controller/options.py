@@ -43,6 +43,7 @@ class ControllerOptions:
 
 _CONFIG_NUMBERS = (
     "dp", "pp", "tp", "spares", "nnodes", "nproc_per_node", "max_restarts", "replicas", "save_every",
+    "shard_elements",
 )  # fmt: skip
 
 

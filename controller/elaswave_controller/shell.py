@@ -225,6 +225,7 @@ class Shell:
             save_every=options.config.save_every,
             unbuffered=options.unbuffered,
             log_cap_bytes=options.log_cap_bytes,
+            shard_elements=options.config.shard_elements,
             want_digest=options.config.want_report,
             resume_from=self._restart.resume_from,
             link_transport=options.link_transport,

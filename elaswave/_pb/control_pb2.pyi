@@ -328,7 +328,7 @@ class AgentMessage(_message.Message):
     def __init__(self, plan: _Optional[_Union[PlanDelta, _Mapping]] = ..., injection: _Optional[_Union[Injection, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., settings: _Optional[_Union[Settings, _Mapping]] = ...) -> None: ...
 
 class Settings(_message.Message):
-    __slots__ = ("token", "run_dir", "save_dir", "save_every", "unbuffered", "log_cap_bytes", "worker", "node", "want_digest", "link_transport", "link_host", "resume_from")
+    __slots__ = ("token", "run_dir", "save_dir", "save_every", "unbuffered", "log_cap_bytes", "worker", "node", "want_digest", "link_transport", "link_host", "resume_from", "shard_elements")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RUN_DIR_FIELD_NUMBER: _ClassVar[int]
     SAVE_DIR_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +341,7 @@ class Settings(_message.Message):
     LINK_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     LINK_HOST_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ELEMENTS_FIELD_NUMBER: _ClassVar[int]
     token: str
     run_dir: str
     save_dir: str
@@ -353,7 +354,8 @@ class Settings(_message.Message):
     link_transport: str
     link_host: str
     resume_from: str
-    def __init__(self, token: _Optional[str] = ..., run_dir: _Optional[str] = ..., save_dir: _Optional[str] = ..., save_every: _Optional[int] = ..., unbuffered: bool = ..., log_cap_bytes: _Optional[int] = ..., worker: _Optional[int] = ..., node: _Optional[str] = ..., want_digest: bool = ..., link_transport: _Optional[str] = ..., link_host: _Optional[str] = ..., resume_from: _Optional[str] = ...) -> None: ...
+    shard_elements: int
+    def __init__(self, token: _Optional[str] = ..., run_dir: _Optional[str] = ..., save_dir: _Optional[str] = ..., save_every: _Optional[int] = ..., unbuffered: bool = ..., log_cap_bytes: _Optional[int] = ..., worker: _Optional[int] = ..., node: _Optional[str] = ..., want_digest: bool = ..., link_transport: _Optional[str] = ..., link_host: _Optional[str] = ..., resume_from: _Optional[str] = ..., shard_elements: _Optional[int] = ...) -> None: ...
 
 class Stop(_message.Message):
     __slots__ = ("reason",)

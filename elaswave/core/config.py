@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from elaswave.core.ids import WorkerId
 from elaswave.core.layout import MAX_TP
 from elaswave.core.reduce_plan import REDUCE_KINDS, ReduceKind
+from elaswave.core.shape import SHARD_ELEMENTS
 from elaswave.errors import ConfigError
 
 
@@ -35,6 +36,9 @@ class ControllerConfig:
 
     replicas: int = 1
     """Copies of each shard of optimizer state beside its owner (r). 0: a lost owner means a durable checkpoint."""
+
+    shard_elements: int = SHARD_ELEMENTS
+    """Least length of a shard: smaller layers are not divided among their hosts."""
 
     reduce: ReduceKind = "direct"
     """How partial sums get to the owners of shards."""
@@ -79,6 +83,7 @@ def check_config(config: ControllerConfig) -> None:
         "--tp": config.tp,
         "--nnodes": config.nnodes,
         "--nproc-per-node": config.nproc_per_node,
+        "--shard-elements": config.shard_elements,
     }
     natural = {
         "--spares": config.spares,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from elaswave.core.ids import NodeId, WorkerId
+from elaswave.core.shape import SHARD_ELEMENTS
 
 LINK_TRANSPORTS = ("shared", "unix", "tcp")
 
@@ -31,6 +32,9 @@ class WorkerSettings:
 
     log_cap_bytes: int = 0
     """Limit of the boundary log in bytes; 0: no limit. What does not fit is made again when it is needed."""
+
+    shard_elements: int = SHARD_ELEMENTS
+    """Least length of a shard, as the controller divides by it."""
 
     resume_from: str = ""
     """Folder of the durable checkpoint to start from; empty: a fresh start."""

@@ -11,6 +11,9 @@ CHUNK_ELEMENTS = 1024
 """Shard boundaries are multiples of this: elementwise kernels then never run their tail code inside a block,
 and gradient norms are summed over the same pieces whatever the layout."""
 
+SHARD_ELEMENTS = 65536
+"""Least length of a shard by default: below it, handling its messages costs more than moving its elements."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -74,19 +77,20 @@ class ModelShape:
         return self.blocks[self.shards[shard].block].layers
 
 
-def divide_into_shards(blocks: tuple[Block, ...], parts: int) -> tuple[Shard, ...]:
+def divide_into_shards(blocks: tuple[Block, ...], parts: int, least: int = CHUNK_ELEMENTS) -> tuple[Shard, ...]:
     """Cut every block into at most `parts` slices of nearly equal length, on multiples of CHUNK_ELEMENTS.
 
-    Raises ConfigError where a block has a length that is no multiple of CHUNK_ELEMENTS.
+    A block of less than 2 * `least` elements is not cut, and slices are about `least` long or longer. Raises
+    ConfigError where a block has a length that is no multiple of CHUNK_ELEMENTS.
     """
-    return tuple(shard for index, block in enumerate(blocks) for shard in _cut(BlockId(index), block, parts))
+    return tuple(shard for index, block in enumerate(blocks) for shard in _cut(BlockId(index), block, parts, least))
 
 
-def _cut(index: BlockId, block: Block, parts: int) -> Iterator[Shard]:
+def _cut(index: BlockId, block: Block, parts: int, least: int) -> Iterator[Shard]:
     if block.elements % CHUNK_ELEMENTS:
         raise ConfigError(f"block {index} has {block.elements} elements: pad it to a multiple of {CHUNK_ELEMENTS}")
     chunks = block.elements // CHUNK_ELEMENTS
-    count = max(1, min(parts, chunks))
+    count = max(1, min(parts, chunks, block.elements // least))
     edges = [chunks * part // count * CHUNK_ELEMENTS for part in range(count + 1)]
     for start, stop in pairwise(edges):
         yield Shard(block=index, start=start, stop=stop)

@@ -11,9 +11,9 @@ from elaswave.core.ids import BlockId
 from elaswave.core.parameters import BlockLayout, Placement
 from elaswave.errors import InvariantError
 
-LARGE_ELEMENTS: Final = 16384
+LARGE_ELEMENTS: Final = 65536
 """Gradients of parameters from here on are added up where they are. Smaller ones are gathered first: a copy of them
-takes less than the calls for each."""
+takes less than the calls for each, even than one call of torch._foreach_add_ for all (1.4 times as long for 12)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,8 @@ class TrainingLoop:
         self._report_wanted = True
         self._reported_ready = self._reported_finished = self._digest_sent = False
         self._evaluate_due: Step | None = None
-        shape = ModelShape(len(job.layers), start.layout.blocks, shards_of_plan(start.layout, plan))
+        shards = shards_of_plan(start.layout, plan, connections.settings.shard_elements)
+        shape = ModelShape(len(job.layers), start.layout.blocks, shards)
         facts = JobFacts(
             shape=shape,
             micro_batches=job.micro_batches,

@@ -81,14 +81,15 @@ def find_start(job: Job, description: JobDescription, layout: BlockLayout, setti
     return Start(job=job, description=resumed, layout=layout, checkpoint=reader)
 
 
-def shards_of_plan(layout: BlockLayout, plan: Plan) -> tuple[Shard, ...]:
-    """The division into shards that a plan was made for; its number of groups determines it.
+def shards_of_plan(layout: BlockLayout, plan: Plan, least: int) -> tuple[Shard, ...]:
+    """The division into shards, each of about `least` elements or more, that a plan was made for.
 
-    More parts never give fewer shards, and equally many only where the division is the same.
+    Its number of groups determines it: more parts never give fewer shards, and equally many only where the division is
+    the same.
     """
     wanted = len(plan.groups)
     for parts in range(1, wanted + 1):
-        shards = divide_into_shards(layout.blocks, parts)
+        shards = divide_into_shards(layout.blocks, parts, least)
         if len(shards) == wanted:
             return shards
         if len(shards) > wanted:

@@ -269,6 +269,7 @@ def _encode_settings(settings: WorkerSettings) -> control_pb2.Settings:
         link_transport=settings.link_transport,
         link_host=settings.link_host,
         resume_from=settings.resume_from,
+        shard_elements=settings.shard_elements,
     )
 
 
@@ -286,4 +287,5 @@ def _decode_settings(message: control_pb2.Settings) -> WorkerSettings:
         link_transport=checks.one_of("Settings.link_transport", message.link_transport, LINK_TRANSPORTS),
         link_host=checks.text("Settings.link_host", message.link_host, checks.MAX_NAME),
         resume_from=checks.text("Settings.resume_from", message.resume_from, checks.MAX_TEXT),
+        shard_elements=checks.number("Settings.shard_elements", message.shard_elements, 1, checks.MAX_STEP),
     )

@@ -111,6 +111,7 @@ def controller_arguments(launch: Launch, place: Place) -> tuple[str, ...]:
         "nproc-per-node": config.nproc_per_node,
         "max-restarts": config.max_restarts,
         "replicas": config.replicas,
+        "shard-elements": config.shard_elements,
         "reduce": config.reduce,
         "save-every": config.save_every,
         "report": options.report or "",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn
 
+from elaswave.core.shape import SHARD_ELEMENTS
 from elaswave.errors import ConfigError
 
 
@@ -122,6 +123,8 @@ OUR_FLAGS: tuple[Flag, ...] = (
     _ours("--tp", "workers of one stage replica", "1"),
     _ours("--spares", "workers beyond the layout that wait warm and replace lost ones", "0"),
     _ours("--replicas", "copies of the optimizer state beside its owner, in other nodes", "1"),
+    _ours("--shard-elements", "least length of a shard: smaller layers are not divided among their hosts",
+          str(SHARD_ELEMENTS)),
     _ours("--reduce", "direct: hosts send sums to the owner of a shard; ring: they add them up on the way", "direct",
           metavar="direct|ring"),
     _ours("--report", "write the report of the run here, JSON (docs/report.md)", metavar="FILE"),

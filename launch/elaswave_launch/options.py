@@ -147,6 +147,7 @@ def _config(parsed: Parsed, nnodes: int, nproc: int) -> ControllerConfig:
         nproc_per_node=nproc,
         max_restarts=_number(parsed, "max_restarts"),
         replicas=_number(parsed, "replicas"),
+        shard_elements=_number(parsed, "shard_elements", least=1),
         reduce="ring" if _choice(parsed, "reduce", REDUCE_KINDS) == "ring" else "direct",
         save_every=_number(parsed, "save_every"),
         want_report=bool(parsed.text("report")),

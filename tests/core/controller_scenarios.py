@@ -15,8 +15,9 @@ from elaswave.core.config import ControllerConfig
 from elaswave.core.controller import Controller
 from elaswave.core.ids import Epoch, Layer, MicroBatch, NodeId, ShardId, Step, WorkerId
 from elaswave.core.plan import Group, Plan, RouteTable
+from elaswave.core.shape import CHUNK_ELEMENTS
 
-_CONFIG = ControllerConfig(dp=1, pp=1)
+_CONFIG = ControllerConfig(dp=1, pp=1, shard_elements=CHUNK_ELEMENTS)
 FOLDER = Path(__file__).parent / "scenarios"
 
 

@@ -13,6 +13,7 @@ from elaswave.core.config import ControllerConfig
 from elaswave.core.controller import Controller
 from elaswave.core.ids import Epoch, Layer, MicroBatch, NodeId, ShardId, Step, WorkerId
 from elaswave.core.plan import Plan
+from elaswave.core.shape import CHUNK_ELEMENTS
 from elaswave.errors import ElasWaveError
 from elaswave.sim.shell import Violation
 from elaswave.sim.system import Harm, SystemScene
@@ -23,7 +24,7 @@ LOST = ("owner and all replicas of", "all 1 workers are lost")
 
 
 def config(dp: int, pp: int, *, nodes: int, each: int = 1, **more: int | str) -> ControllerConfig:
-    return ControllerConfig(dp=dp, pp=pp, nnodes=nodes, nproc_per_node=each, **more)
+    return ControllerConfig(dp=dp, pp=pp, nnodes=nodes, nproc_per_node=each, shard_elements=CHUNK_ELEMENTS, **more)
 
 
 SURVIVABLE = {

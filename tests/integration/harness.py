@@ -20,6 +20,7 @@ import psutil
 from resident import Resident
 from tiny_job import TinyOptions, make_job
 
+from elaswave.core.shape import CHUNK_ELEMENTS
 from elaswave.runtime.reference import train_reference
 
 LIMIT_S = 100.0
@@ -227,7 +228,16 @@ class Ground:
         folder.mkdir()
         report = folder / "report.json"
         zygote = [] if self._resident is None else [f"--zygote={self._resident.socket}"]
-        arguments = [*flags, *zygote, f"--report={report}", f"--log-dir={folder / 'logs'}", str(script), *script_flags]
+        shards = f"--shard-elements={CHUNK_ELEMENTS}"  # small, so that every worker owns something
+        arguments = [
+            *flags,
+            shards,
+            *zygote,
+            f"--report={report}",
+            f"--log-dir={folder / 'logs'}",
+            str(script),
+            *script_flags,
+        ]
         job = Job(arguments, folder, self.environment, report, limit_s)
         self._jobs.append(job)
         return job

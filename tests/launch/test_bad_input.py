@@ -72,6 +72,7 @@ CASES = [
     ([*ONE, "--log-dir", "script.py/logs"], "script.py is not a folder"),
     ([*ONE, "--log-dir", "/proc/x"], "--log-dir /proc/x: cannot write in /proc"),
     ([*ONE, "--save-dir", "/proc/x/y"], "--save-dir /proc/x/y: cannot write in /proc"),
+    ([*ONE, "--shard-elements", "0"], "--shard-elements 0: must be a whole number from 1"),
     ([*ONE, "--zygote", "missing"], "missing: nothing answers there ([Errno 2] No such file or directory)"),
     ([*ONE, "--zygote", "script.py"], "script.py: nothing answers there ([Errno 111] Connection refused)"),
     ([*ONE, "--zygote", "z", "--start", "spawn"], "forks workers, --start spawn does not"),
@@ -169,6 +170,7 @@ def test_a_port_taken_after_the_launcher_has_looked_is_refused_by_the_controller
         arguments = [
             "--job=j", "--host=127.0.0.1", "--run-dir=.", "--token-file=script.py", "--dp=1", "--pp=1", "--tp=1",
             "--spares=0", "--nnodes=1", "--nproc-per-node=1", "--max-restarts=0", "--replicas=1", "--save-every=0",
+            "--shard-elements=1",
             f"--port={port}",
         ]  # fmt: skip
         command = [sys.executable, "-m", "elaswave_controller", *arguments]

@@ -37,7 +37,7 @@ def test_gradients_lie_at_their_places_and_all_else_is_zero(elements: list[int],
 
 
 def test_large_gradients_are_not_copied_and_strides_and_sparse_ones_do_not_show() -> None:
-    shape = (200, 300)
+    shape = (300, 300)
     parameter = ParameterDescription(name="weight", shape=shape)
     layout = block_layout(((parameter,),))
     places = [layout.of_layer(Layer(0))["weight"]]

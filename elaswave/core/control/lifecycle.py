@@ -114,7 +114,8 @@ class LifecycleControl(AdvanceControl):
         chosen = sorted(alive, key=lambda record: record.worker)[: layout.workers]
         # A single worker has nobody to hold replicas; any other impossible number is refused by the placement.
         replicas = self.config.replicas if layout.workers > 1 else 0
-        shape = make_shape(len(self.job.layers), block_layout(self.job.layers).blocks, layout)
+        blocks = block_layout(self.job.layers).blocks
+        shape = make_shape(len(self.job.layers), blocks, layout, self.config.shard_elements)
         plan = initial_plan(
             shape=shape,
             layout=layout,

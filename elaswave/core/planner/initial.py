@@ -8,13 +8,16 @@ from elaswave.core.layout import Layout, Stage, check_batch, partition_layers
 from elaswave.core.placement import place_shards
 from elaswave.core.plan import FIRST_EPOCH, Member, Plan, RouteTable
 from elaswave.core.routes import balanced_routes
-from elaswave.core.shape import Block, ModelShape, divide_into_shards
+from elaswave.core.shape import CHUNK_ELEMENTS, Block, ModelShape, divide_into_shards
 from elaswave.errors import ConfigError
 
 
-def make_shape(layers: int, blocks: tuple[Block, ...], layout: Layout) -> ModelShape:
-    """Divide the model into one shard per block and pipeline: every host of a layer owns an equal part of it."""
-    return ModelShape(layers, blocks, divide_into_shards(blocks, layout.dp))
+def make_shape(layers: int, blocks: tuple[Block, ...], layout: Layout, least: int = CHUNK_ELEMENTS) -> ModelShape:
+    """Divide the model into one shard per block and pipeline: every host of a layer owns an equal part of it.
+
+    Blocks that are too small for shards of `least` elements get fewer; then hosts own different blocks.
+    """
+    return ModelShape(layers, blocks, divide_into_shards(blocks, layout.dp, least))
 
 
 def grid_of(layout: Layout, members: Sequence[Member]) -> tuple[tuple[WorkerId, ...], ...]:
