@@ -6,6 +6,8 @@ INSTALLED := .venv/.installed
 # More arguments for the commands, for example: make test TEST_ARGS="-k wire"
 PIP_ARGS ?=
 TEST_ARGS ?=
+# Tests that run at a time; 0: in one process, for a debugger.
+TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
@@ -29,7 +31,7 @@ demo: install
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: lint-quick
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal $(TEST_ARGS)
 
 lint: lint-quick
 	$(BIN)/mypy

@@ -13,9 +13,6 @@ from elaswave.errors import InvariantError
 from elaswave.runtime.accumulation import Accumulation
 
 _CHUNKS_PER_PIECE: Final = 32
-_HALF: Final = CHUNK_ELEMENTS // 2
-_APART: Final = 8
-_WIDTHS: Final = tuple(_HALF >> level for level in range(1, _HALF.bit_length()))
 
 
 def reduce_shard(
@@ -34,25 +31,18 @@ def reduce_shard(
 def sum_of_squares(gradient: Tensor) -> Exact | None:
     """Sum of squares of a flat float32 gradient of whole chunks; None where some element is not finite.
 
-    Squares of float32 are exact in float64. Each chunk of CHUNK_ELEMENTS is added up along a fixed tree of halves, and
-    chunks are added without rounding: slicing on chunk boundaries does not change the total.
+    Squares of float32 are exact in float64. Each chunk of CHUNK_ELEMENTS is added up by itself, always in the same
+    order, and chunks are added without rounding: slicing on chunk boundaries does not change the total.
     """
     elements = gradient.numel()
     if elements % CHUNK_ELEMENTS:
         raise InvariantError(f"a gradient has {elements} elements: must be a multiple of {CHUNK_ELEMENTS}")
     chunks = gradient.numpy().reshape(-1, CHUNK_ELEMENTS)
     sums = np.empty(len(chunks))
-    rows = min(_CHUNKS_PER_PIECE, len(chunks))
-    # Both halves of a chunk in one buffer would lie 4096 bytes apart, which stalls loads behind stores.
-    left, right = np.zeros((rows, _HALF)), np.zeros((rows, _HALF + _APART))[:, :_HALF]
-    levels = [(left[:, :width], left[:, width : 2 * width]) for width in _WIDTHS]
+    room = np.empty((min(_CHUNKS_PER_PIECE, len(chunks)), CHUNK_ELEMENTS))
     for start in range(0, len(chunks), _CHUNKS_PER_PIECE):
         piece = chunks[start : start + _CHUNKS_PER_PIECE]
-        for half, source in ((left, piece[:, :_HALF]), (right, piece[:, _HALF:])):
-            np.copyto(half[: len(piece)], source)
-            np.multiply(half, half, half)
-        np.add(left, right, left)
-        for into, other in levels:
-            np.add(into, other, into)
-        sums[start : start + _CHUNKS_PER_PIECE] = left[: len(piece), 0]
+        wide = room[: len(piece)]
+        np.copyto(wide, piece)
+        np.einsum("ij,ij->i", wide, wide, out=sums[start : start + len(piece)])
     return exact_from_array(sums) if bool(np.isfinite(sums).all()) else None

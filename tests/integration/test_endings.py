@@ -31,14 +31,16 @@ def test_a_signal_ends_everything_within_five_seconds(ground: Ground, number: si
     assert report.losses[:4] == oracle(TinyOptions(steps=4)).losses
 
 
-def test_a_stopped_worker_does_not_keep_the_end_waiting(ground: Ground) -> None:
-    job = ground.start([*GRID, "--inject=stop:worker=3,step=2,phase=forward"], [*ENDLESS.flags(), "--print-steps=1"])
+def test_a_stopped_worker_does_not_keep_the_end_waiting(warm_ground: Ground) -> None:
+    job = warm_ground.start(
+        [*GRID, "--inject=stop:worker=3,step=2,phase=forward"], [*ENDLESS.flags(), "--print-steps=1"]
+    )
     job.wait_line("incident: stopped, worker 3")
     sent_at = time.monotonic()
     os.kill(job.process.pid, signal.SIGTERM)
     ended = job.wait()
     assert ended.exit_code == 128 + signal.SIGTERM, ended.story()
-    ground.check_nothing_left()
+    warm_ground.check_nothing_left()
     assert time.monotonic() - sent_at <= END_LIMIT_S, ended.story()
 
 
@@ -76,8 +78,8 @@ def test_the_death_of_a_process_that_all_need_ends_the_job(ground: Ground, modul
         ("on_step", "ValueError: on_step is broken at step 0"),
     ],
 )
-def test_code_of_the_user_that_raises_is_shown_once(ground: Ground, place: str, text: str) -> None:
-    ended = ground.run(GRID, [*TinyOptions(steps=200).flags(), f"--raise-at={place}"])
+def test_code_of_the_user_that_raises_is_shown_once(warm_ground: Ground, place: str, text: str) -> None:
+    ended = warm_ground.run(GRID, [*TinyOptions(steps=200).flags(), f"--raise-at={place}"])
     assert ended.exit_code == 1, ended.story()
     head = text.split("[", maxsplit=1)[0]
     lines = [line for line in ended.err.splitlines() if line.strip().startswith(head)]
@@ -92,9 +94,9 @@ def poisoned(policy: str) -> TinyOptions:
     return TinyOptions(steps=12, poison=1, non_finite="skip-step" if policy == "skip-step" else "raise")
 
 
-def test_values_that_are_not_finite_end_the_job(ground: Ground) -> None:
+def test_values_that_are_not_finite_end_the_job(warm_ground: Ground) -> None:
     first = oracle(poisoned("skip-step")).skipped_steps[0]
-    ended = ground.run(GRID, poisoned("raise").flags())
+    ended = warm_ground.run(GRID, poisoned("raise").flags())
     assert ended.exit_code == 1, ended.story()
     line = next(line for line in ended.err.splitlines() if line.startswith("elaswave-launch: "))
     assert f"step {first}" in line
@@ -104,11 +106,11 @@ def test_values_that_are_not_finite_end_the_job(ground: Ground) -> None:
 
 
 @pytest.mark.parametrize("failure", [[], ["--inject=kill:worker=1,step=3,phase=backward"]], ids=["none", "kill"])
-def test_steps_whose_values_are_not_finite_are_skipped(ground: Ground, failure: list[str]) -> None:
+def test_steps_whose_values_are_not_finite_are_skipped(warm_ground: Ground, failure: list[str]) -> None:
     job = poisoned("skip-step")
     wanted = oracle(job)
     assert 0 < len(wanted.skipped_steps) < job.steps
-    ended = ground.run([*GRID, *failure], job.flags())
+    ended = warm_ground.run([*GRID, *failure], job.flags())
     assert_same_training(ended, job)
     assert ended.need_report().skipped_steps == wanted.skipped_steps
 
@@ -124,9 +126,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_before_the_first_step(ground: Ground, name: str) -> None:
+def test_what_does_not_fit_is_refused_before_the_first_step(warm_ground: Ground, name: str) -> None:
     flags, script_flags, text = REFUSED[name]
-    ended = ground.run(["--standalone", *flags], script_flags)
+    ended = warm_ground.run(["--standalone", *flags], script_flags)
     check_refused(ended, text)
 
 
@@ -139,15 +141,17 @@ def check_refused(ended: Ended, text: str) -> None:
     assert ended.report is None
 
 
-def test_state_without_copies_ends_the_job(ground: Ground) -> None:
+def test_state_without_copies_ends_the_job(warm_ground: Ground) -> None:
     kills = [f"--inject=kill:worker={worker},step=2,phase=forward" for worker in (1, 2, 3)]
-    ended = ground.run(["--standalone", "--nproc-per-node=4", "--dp=4", "--replicas=1", *kills], TinyOptions().flags())
+    ended = warm_ground.run(
+        ["--standalone", "--nproc-per-node=4", "--dp=4", "--replicas=1", *kills], TinyOptions().flags()
+    )
     assert ended.exit_code == 1, ended.story()
     assert "there is no durable checkpoint: use --save-every and --save-dir" in ended.err, ended.story()
 
 
-def test_the_loss_of_all_workers_ends_the_job(ground: Ground) -> None:
+def test_the_loss_of_all_workers_ends_the_job(warm_ground: Ground) -> None:
     kills = [f"--inject=kill:worker={worker},step=2,phase=forward" for worker in (0, 1)]
-    ended = ground.run(["--standalone", "--nproc-per-node=2", "--dp=2", *kills], TinyOptions().flags())
+    ended = warm_ground.run(["--standalone", "--nproc-per-node=2", "--dp=2", *kills], TinyOptions().flags())
     assert ended.exit_code == 1, ended.story()
     assert "lost" in ended.err, ended.story()
