@@ -177,7 +177,7 @@ def test_the_digest_covers_what_decides_the_bits() -> None:
     assert len(set(digests)) == len(digests)
 
 
-@pytest.mark.parametrize("changes", NOT_DECIDING, ids=str)
+@pytest.mark.parametrize("changes", NOT_DECIDING, ids="-".join)
 def test_the_digest_leaves_out_the_rest(changes: dict[str, object]) -> None:
     assert describe_job(small_job(**changes)).digest == describe_job(small_job()).digest
 

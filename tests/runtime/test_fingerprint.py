@@ -76,7 +76,7 @@ class OtherTokens(Tokens):
         {"layers": [Embedding, Mixer, nn.Tanh, Head]},
         {"data": OtherTokens()},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_what_changes_bits_changes_it(changes: dict[str, object]) -> None:
     assert of(small_job(**changes)) != of(small_job())
