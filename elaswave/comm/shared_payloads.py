@@ -35,7 +35,7 @@ FLAGS = 64
 SEGMENT_BYTES = 64 << 20
 GRAIN_BYTES = 4096
 SETTLE_TRIES = 8
-"""Blocks of a size that are looked at for one that can be used anew before memory is added."""
+"""Blocks of a size, the newest and then the oldest, that are looked at for one to use anew before memory is added."""
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """A file that cannot shrink: nobody who has it mapped can be sent SIGBUS by its owner."""
@@ -184,8 +184,9 @@ class PayloadPool:
             self._free.setdefault(block.capacity, deque()).append(block)
         capacity = -(-max(nbytes, 1) // GRAIN_BYTES) * GRAIN_BYTES
         free = self._free.setdefault(capacity, deque())
-        # The newest first: its memory is in the caches still.
-        for place in range(len(free) - 1, max(-1, len(free) - 1 - SETTLE_TRIES), -1):
+        # The newest first: its memory is in the caches still. The oldest are the ones that most likely nobody reads.
+        newest = range(len(free) - 1, max(-1, len(free) - 1 - SETTLE_TRIES), -1)
+        for place in (*newest, *range(min(SETTLE_TRIES, max(0, len(free) - SETTLE_TRIES)))):
             block = free[place]
             if self._is_settled(block):
                 del free[place]

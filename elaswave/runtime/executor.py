@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from elaswave.runtime.device import Device
 from elaswave.runtime.faults import FaultInjector
 from elaswave.runtime.hops import HopRunner
 from elaswave.runtime.shell import ProtocolShell
+
+OWN_PER_REPAIR: Final = 2
+"""Own instructions after each one of repair, while there is both: a forward and a backward pass."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +70,7 @@ class Executor:
         self._mine: frozenset[tuple[MicroBatch, Hop]] = frozenset()
         self._repairs: list[RepairWork] = []
         self._extra: list[tuple[MicroBatch, Hop]] = []
-        self._extra_was_last = False
+        self._own_since_repair = OWN_PER_REPAIR
         self.granted: set[EdgeKey] = set()
         self._asked: set[EdgeKey] = set()
         self._log_cap_bytes = log_cap_bytes
@@ -146,13 +150,15 @@ class Executor:
         return self._replay() or self._run_extra_or_program()
 
     def _run_extra_or_program(self) -> bool:
-        """In turn while there is both: what was taken over begins at once, and nobody behind this worker starves."""
-        extra_first = not self._extra_was_last
-        self._extra_was_last = False
-        if extra_first and self._run_extra():
-            self._extra_was_last = True
+        """What was taken over begins at once, then in turn with own work: nobody behind this worker must starve."""
+        due = self._own_since_repair >= OWN_PER_REPAIR
+        if due and self._run_extra():
+            self._own_since_repair = 0
             return True
-        return self._run_program() or (not extra_first and self._run_extra())
+        if self._run_program():
+            self._own_since_repair += 1
+            return True
+        return not due and self._run_extra()
 
     def _replay(self) -> bool:
         """Make a value again that the capped log has dropped and somebody needs; its contribution is in already."""

@@ -1,8 +1,8 @@
 """The zygote: imports torch once and forks workers for the agents of one machine.
 
-`python -m elaswave.runtime.zygote --socket PATH [--parent-pid N]`. One thread, no gRPC, no torch operation, CUDA not
-touched: a fork of such a process is a sound worker. Where that does not hold, it answers Unavailable and ends with exit
-code 3.
+`python -m elaswave.runtime.zygote --socket PATH [--parent-pid N] [--announce]`. One thread, no gRPC, no torch
+operation, CUDA not touched: a fork of such a process is a sound worker. Where that does not hold, it answers Unavailable and ends
+with exit code 3.
 
 Ownership: the zygote dies with the parent that is named; a resident one has none, and its user ends it. Workers die
 with the zygote (kernel), and with the agent that asked for them: when its connection ends, for whatever reason, the
@@ -272,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elaswave.runtime.zygote")
     parser.add_argument("--socket", required=True)
     parser.add_argument("--parent-pid", type=int, help="end with this process, which is the parent")
+    parser.add_argument("--announce", action="store_true", help="print a line once workers can be forked")
     options = parser.parse_args(arguments)
     if options.parent_pid is not None:
         end_with_parent(options.parent_pid)
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _end)
     serving = os.getpid()
     try:
-        request = _serve(zygote)
+        request = _serve(zygote, options.socket if options.announce else "")
     finally:
         if os.getpid() == serving:
             os.unlink(options.socket)
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_UNAVAILABLE
 
 
-def _serve(zygote: Zygote) -> StartRequest | None:
+def _serve(zygote: Zygote, announced: str) -> StartRequest | None:
     try:
         preload()
         reason = unsound_reason()
@@ -307,6 +308,9 @@ def _serve(zygote: Zygote) -> StartRequest | None:
     # Objects made so far stay shared: without this the first collection in each child would touch all their pages.
     gc.collect()
     gc.freeze()
+    if announced:
+        sys.stdout.write(f"elaswave zygote: serving at {announced}\n")
+        sys.stdout.flush()
     return zygote.serve()
 
 

@@ -13,7 +13,7 @@ from links_harness import LIMIT_S, End, meet, noise
 
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.inbox import PeerClosed, Received
-from elaswave.comm.shared_payloads import DESCRIPTOR, FLAGS, PayloadPool, PeerMemory
+from elaswave.comm.shared_payloads import DESCRIPTOR, FLAGS, SETTLE_TRIES, PayloadPool, PeerMemory
 from elaswave.core.ids import WorkerId
 from elaswave.errors import LinkClosed, ProtocolError
 
@@ -116,6 +116,17 @@ def test_what_a_peer_had_borrowed_is_free_only_when_its_process_has_ended(pool: 
         process.kill()
         process.wait(LIMIT_S)
         assert place in places(pool, 50_000, 12)
+
+
+def test_old_memory_is_found_behind_what_peers_still_read(pool: PayloadPool, borrower: PeerMemory) -> None:
+    arrays = [pool.take(5000) for _ in range(3 * SETTLE_TRIES)]
+    old = {address(array) for array in arrays[:2]}
+    read = [borrower.borrow(lent(pool, array), MANY) for array in arrays[2:] if array is not None]
+    while arrays:
+        del arrays[0]  # in their order, so that those that nobody reads were given back first
+    first, second = pool.take(5000), pool.take(5000)
+    assert {address(first), address(second)} == old
+    assert len(read) == 3 * SETTLE_TRIES - 2
 
 
 def test_after_the_end_nothing_is_lent(pool: PayloadPool) -> None:

@@ -27,7 +27,6 @@ LIMIT_S = 100.0
 """For a whole run; ordinary ones take a few seconds."""
 
 _LEAVE_LIMIT_S = 5.0
-_LOOK_S = 0.02
 _LOG_TAIL_BYTES = 3000
 SCRIPT = Path(__file__).with_name("tiny_job.py")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -263,7 +262,7 @@ class Ground:
         for process in alive:
             process.kill()
         assert not described, f"processes stay: {described}"
-        self._check_shared_memory()
+        assert _shared_memory() <= self._shared_memory, "shared memory stays"
         base = self._runtime / f"elaswave-{os.getuid()}"
         folders = sorted(base.iterdir()) if base.exists() else []
         assert killed or not folders, f"run folders stay: {folders}"
@@ -274,13 +273,6 @@ class Ground:
             job.abandon()
         for process in self._processes():
             process.kill()
-
-    def _check_shared_memory(self) -> None:
-        """Other tests that run now make and remove segments too: what is gone soon is not left by this one."""
-        deadline = time.monotonic() + _LEAVE_LIMIT_S
-        while left := _shared_memory() - self._shared_memory:
-            assert time.monotonic() < deadline, f"shared memory stays: {sorted(left)}"
-            time.sleep(_LOOK_S)
 
     def _processes(self) -> list[psutil.Process]:
         """Everything that was started for a run here, whoever its parent is now."""
