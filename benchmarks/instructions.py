@@ -6,7 +6,7 @@ Independent of what the system says about itself: the records are written by the
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -99,7 +99,8 @@ class LossFacts:
     others. redone_of_others: instructions of survivors that were run a second time. longest_gaps: of each worker that
     neither took over work nor shared a pipeline with the dead one, the longest time between two instructions of one
     step that touches the time from death to resumption. After its last instruction of a step a worker waits for the
-    step's end, which needs what the dead one has lost: that is the step's delay, and counted there.
+    step's end, which needs what the dead one has lost: that is the step's delay, and counted there. longest_holds: of
+    the same gaps only the time in which the next instruction's input was there already: what stood still without need.
     """
 
     resume_s: float
@@ -107,6 +108,7 @@ class LossFacts:
     redone: int
     redone_of_others: int
     longest_gaps: Mapping[int, float]
+    longest_holds: Mapping[int, float]
 
 
 class Loss:
@@ -168,6 +170,10 @@ class Loss:
                 worker: longest_gap(spans_of(self._executions, worker), self._at, self.resumed_at)
                 for worker in sorted(self.bystanders())
             },
+            longest_holds={
+                worker: longest_gap(fed_spans_of(self._executions, worker), self._at, self.resumed_at)
+                for worker in sorted(self.bystanders())
+            },
         )
 
     def bystanders(self) -> frozenset[int]:
@@ -188,6 +194,28 @@ Spans = Sequence[tuple[float, float, int]]
 def spans_of(executions: Sequence[Execution], worker: int) -> list[tuple[float, float, int]]:
     """When this worker was busy with finished instructions."""
     return [(e.begun, e.ended, e.work.step) for e in executions if e.worker == worker and e.ended is not None]
+
+
+def fed_spans_of(executions: Sequence[Execution], worker: int) -> list[tuple[float, float, int]]:
+    """`spans_of`, where each span lasts until the input of the worker's next instruction is there."""
+    ended = {e.work: e.ended for e in executions if e.ended is not None}
+    layers = 1 + max((e.work.layer for e in executions), default=0)
+    mine = [e for e in executions if e.worker == worker and e.ended is not None]
+    spans = spans_of(executions, worker)
+    for place, following in enumerate(mine[1:]):
+        fed = ended.get(input_of(following.work, layers), 0.0)
+        begin, end, step = spans[place]
+        spans[place] = (begin, max(end, min(fed, following.begun)), step)
+    return spans
+
+
+def input_of(work: Work, layers: int) -> Work:
+    """The piece of work that makes the input of this one; for the first layer, which loads samples, itself."""
+    if not work.backward:
+        return replace(work, layer=max(0, work.layer - 1))
+    if work.layer == layers - 1:
+        return replace(work, backward=False)
+    return replace(work, layer=work.layer + 1)
 
 
 def longest_gap(spans: Spans, start: float, stop: float) -> float:

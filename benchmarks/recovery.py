@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from common import Options, Row, Target, chance_limit, make_parser, options_of, quantile, run
 from faults import Campaign, Emulation, Fault, executions_around
-from instructions import Execution, Loss, LossFacts, Records, spans_of, undisturbed_gaps
+from instructions import Execution, Loss, LossFacts, Records, fed_spans_of, spans_of, undisturbed_gaps
 from launching import make_place
 
 EMULATION = Emulation(dp=4, pp=2, nnodes=4)
@@ -35,6 +35,8 @@ class Figures:
     losses: list[LossFacts] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     undisturbed: list[float] = field(default_factory=list)
+    holds: list[float] = field(default_factory=list)
+    undisturbed_holds: list[float] = field(default_factory=list)
     unclear: int = 0
 
     def add(self, fault: Fault, executions: list[Execution], generator: random.Random) -> None:
@@ -50,6 +52,10 @@ class Figures:
             self.gaps.append(1e3 * gap)
             windows = undisturbed_gaps(spans_of(before, worker), facts.resume_s, WINDOWS, generator)
             self.undisturbed += [1e3 * found for found in windows]
+        for worker, hold in facts.longest_holds.items():
+            self.holds.append(1e3 * hold)
+            windows = undisturbed_gaps(fed_spans_of(before, worker), facts.resume_s, WINDOWS, generator)
+            self.undisturbed_holds += [1e3 * found for found in windows]
 
     def rows(self, failures: int) -> list[Row]:
         """The table."""
@@ -87,25 +93,32 @@ class Figures:
     def _gap_rows(self) -> list[Row]:
         if not self.gaps or not self.undisturbed:
             return [Row(what="gaps of workers without superseded work", unit="ms", note="not measured: no bystanders")]
-        limit = quantile(self.undisturbed, 0.99)
-        beyond = sum(gap > limit for gap in self.gaps)
-        chance = chance_limit(len(self.gaps), 0.01)
         return [
-            Row(what="longest gap of a bystander, kill to resumption", unit="ms", figures=self.gaps),
-            Row(what="the same in undisturbed windows", unit="ms", figures=self.undisturbed),
-            Row(
-                what="gaps beyond the undisturbed p99",
-                unit="",
-                figures=[beyond],
-                target=Target(of="max", limit=chance),
-                note=f"of {len(self.gaps)}; p99 is {limit:.1f} ms; chance alone gives up to {chance}",
-            ),
+            *_beside_undisturbed("longest gap of a bystander, kill to resumption", self.gaps, self.undisturbed),
+            *_beside_undisturbed("of it with the next input there", self.holds, self.undisturbed_holds),
         ]
 
     def _survival_row(self, failures: int) -> Row:
         note = f"of {len(self.kills)} kills"
         target = Target(of="max", limit=0)
         return Row(what="jobs not back in full strength", unit="", figures=[failures], target=target, note=note)
+
+
+def _beside_undisturbed(what: str, figures: list[float], undisturbed: list[float]) -> list[Row]:
+    limit = quantile(undisturbed, 0.99)
+    beyond = sum(figure > limit for figure in figures)
+    chance = chance_limit(len(figures), 0.01)
+    return [
+        Row(what=what, unit="ms", figures=figures),
+        Row(what="  the same in undisturbed windows", unit="ms", figures=undisturbed),
+        Row(
+            what="  beyond the undisturbed p99",
+            unit="",
+            figures=[beyond],
+            target=Target(of="max", limit=chance),
+            note=f"of {len(figures)}; p99 is {limit:.1f} ms; chance alone gives up to {chance}",
+        ),
+    ]
 
 
 def measure(found: Namespace, options: Options) -> tuple[list[Row], list[str]]:

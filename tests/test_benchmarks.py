@@ -26,7 +26,17 @@ from common import (  # noqa: E402 - the folder of the scripts is on their path 
     paired_ratios,
     quantile,
 )
-from instructions import RECORD, Execution, Loss, Records, Samples, Work, longest_gap, undisturbed_gaps  # noqa: E402
+from instructions import (  # noqa: E402
+    RECORD,
+    Execution,
+    Loss,
+    Records,
+    Samples,
+    Work,
+    fed_spans_of,
+    longest_gap,
+    undisturbed_gaps,
+)
 from rival_systems import disturbance_of  # noqa: E402
 from run import NAMES  # noqa: E402
 
@@ -231,6 +241,21 @@ def test_gaps_are_those_that_touch_the_window() -> None:
     assert undisturbed_gaps(spans[:4], 10.0, 5, random.Random(1)) == []
     found = undisturbed_gaps(spans[:4], 0.5, 200, random.Random(1))
     assert len(found) == 200 and set(found) <= {0.0, 0.25, 0.5, 3.0} and 3.0 in found
+
+
+def test_a_worker_is_held_only_while_its_input_is_there() -> None:
+    def ran(worker: int, layer: int, backward: bool, begun: float, ended: float) -> Execution:
+        work = Work(step=1, micro_batch=0, layer=layer, backward=backward)
+        return Execution(worker=worker, work=work, begun=begun, ended=ended)
+
+    executions = [
+        ran(0, 0, False, 0.0, 1.0),
+        ran(1, 1, False, 2.0, 3.0),  # its input was there at 1.0, but nothing of this worker came before
+        ran(1, 1, True, 3.5, 4.0),
+        ran(0, 0, True, 6.0, 7.0),  # its input was there at 4.0: waited for from 1.0 on, held from 4.0 on
+    ]
+    assert fed_spans_of(executions, 0) == [(0.0, 4.0, 1), (6.0, 7.0, 1)]
+    assert fed_spans_of(executions, 1) == [(2.0, 3.0, 1), (3.5, 4.0, 1)]
 
 
 def test_records_are_read_back_up_to_a_torn_one(tmp_path: Path) -> None:

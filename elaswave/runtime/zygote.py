@@ -1,8 +1,8 @@
 """The zygote: imports torch once and forks workers for the agents of one machine.
 
 `python -m elaswave.runtime.zygote --socket PATH [--parent-pid N] [--announce]`. One thread, no gRPC, no torch
-operation, CUDA not touched: a fork of such a process is a sound worker. Where that does not hold, it answers Unavailable and ends
-with exit code 3.
+operation, CUDA not touched: a fork of such a process is a sound worker. Where that does not hold, it answers
+Unavailable and ends with exit code 3.
 
 Ownership: the zygote dies with the parent that is named; a resident one has none, and its user ends it. Workers die
 with the zygote (kernel), and with the agent that asked for them: when its connection ends, for whatever reason, the
