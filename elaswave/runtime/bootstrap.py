@@ -28,7 +28,7 @@ from elaswave.core.events import WorkerFailed
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, ElasWaveError, JobError, NonFiniteError, UserCodeError
 from elaswave.lifeline import end_with_parent
-from elaswave.priority import be_ordinary
+from elaswave.priority import be_ordinary, be_patient
 from elaswave.process_start import Program, StartRequest
 from elaswave.runtime.agent_link import report_failure
 
@@ -55,6 +55,8 @@ def take_over(request: StartRequest) -> None:
 
 def run_worker(program: Program) -> NoReturn:
     """Run the script, then end the process; a failure is told to the agent, once, and on stderr."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        be_patient()  # others train
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     # Lines of a worker that is killed must not be lost in a buffer.

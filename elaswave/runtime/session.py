@@ -15,6 +15,7 @@ from elaswave.core.plan import FIRST_EPOCH, Plan
 from elaswave.core.settings import WorkerSettings
 from elaswave.errors import DeadlineExceeded
 from elaswave.job import Job
+from elaswave.priority import be_ordinary
 from elaswave.runtime.agent_link import AgentLink, Delivery
 from elaswave.runtime.description import describe_job
 from elaswave.runtime.device import Device, configure_numerics, device_of
@@ -81,6 +82,7 @@ class Session:
             text = f"{settings.resume_from} was written with other settings: the bits will be those of neither job"
             self._agent.send(UserLine(worker=self._me, text=text))
         plan = self._await_admission(connections)
+        be_ordinary()
         loop = TrainingLoop(self._job, start, plan, connections, self._device)
         loop.begin(start, self._early, fresh=plan.epoch == FIRST_EPOCH)
         loop.run()
