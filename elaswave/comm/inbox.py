@@ -1,7 +1,7 @@
 """Inbox: where a worker's one consumer thread finds what links, the agent's socket and timers have for it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
@@ -97,7 +97,7 @@ class Inbox(Generic[Item]):
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Item] = SimpleQueue()
-        self._first: list[Item] = []  # at most one: what wait() had to take out to see it
+        self._first: list[Item] = []  # what wait() had to take out to see it, and what was put back
         self._driver: Driver | None = None
         self._asleep = False  # the consumer waits in a turn of the driver: wake that
 
@@ -111,6 +111,10 @@ class Inbox(Generic[Item]):
         # wait() sets _asleep before it looks at the queue for the last time, so one of both sees the other.
         if self._asleep and self._driver is not None:
             self._driver.wake()
+
+    def put_back(self, items: Sequence[Item]) -> None:
+        """Put items that were taken before all others again, in their order. Consumer thread only."""
+        self._first = [*items, *self._first]
 
     @property
     def filled(self) -> bool:

@@ -94,13 +94,31 @@ class Executor:
         if self._grant is not None:
             self._leave_order(plan)
         mine = frozenset(self._protocol.my_hops())
-        if mine == self._mine:
-            return
         moved = sorted(mine - self._mine, key=_order)
         self._mine = mine
         self._extra = [found for found in self._extra if found in mine] + moved
         if moved:
             self._repairs.append(RepairWork(epoch=plan.epoch, step=self._step, hops=moved))
+        self._change_order(plan.table(self._step))
+
+    def _change_order(self, table: RouteTable) -> None:
+        """Go on in the order of the new table: peers that begin the step under this plan have no other.
+
+        With the order of the old one, each of two workers may wait for what the other has further behind.
+        """
+        before, self._table = self._table, table
+        if table is before or (before is not None and table.routes == before.routes):
+            return
+        self._program_of_table = make_schedule(table.routes).programs.get(self._protocol.me, ())
+        self._program, self._position = self._program_of_table, 0
+        self.ask_again()
+
+    def ask_again(self) -> None:
+        """Ask for values of an unbuffered transport anew: of other peers, or because a link broke on the way."""
+        self._asked.clear()
+        for found in self._program:
+            if found.kind is Kind.RECEIVE and (found.micro_batch, found.hop) in self._extra:
+                self._receive_in_order(found)  # runs in any order: its peer may keep to one
 
     def _begin_step(self, plan: Plan) -> None:
         self._step = self._protocol.step
@@ -207,7 +225,8 @@ class Executor:
     def _run_program(self) -> bool:
         while self._position < len(self._program):
             instruction = self._program[self._position]
-            if (instruction.micro_batch, instruction.hop) not in self._mine:
+            found = (instruction.micro_batch, instruction.hop)
+            if found not in self._mine or found in self._extra:
                 self._position += 1
                 continue
             done = self._try(instruction)
@@ -223,11 +242,15 @@ class Executor:
         micro_batch, hop = instruction.micro_batch, instruction.hop
         match instruction.kind:
             case Kind.FORWARD:
+                if self._protocol.is_between(micro_batch, hop) or self._protocol.contributed(micro_batch, hop):
+                    return False
                 if not self._protocol.can_forward(micro_batch, hop):
                     return None
                 self._forward(micro_batch, hop)
                 return True
             case Kind.BACKWARD:
+                if self._protocol.contributed(micro_batch, hop):
+                    return False
                 if not self._protocol.can_backward(micro_batch, hop):
                     return None
                 self._backward(micro_batch, hop)

@@ -43,6 +43,10 @@ class BlockGather:
         self._wanted = version
         self._parts, self._asked = {}, {}
 
+    def ask_again(self, host: WorkerId) -> None:
+        """What was asked of this host, or its answer, may be lost."""
+        self._asked = {block: asked for block, asked in self._asked.items() if asked != host}
+
     def requested(self, source: WorkerId, version: int, block: BlockId) -> None:
         """`source` wants a block."""
         self._requests.append((source, version, block))

@@ -337,6 +337,8 @@ class TrainingLoop:
         for peer in [peer for peer, due in self._resync.items() if due <= now]:
             del self._resync[peer]
             if peer in self._protocol.plan.ids:
+                self._executor.ask_again()
+                self._gather.ask_again(peer)
                 self._protocol.resync(peer)
                 self._shell.perform()
 

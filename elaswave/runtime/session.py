@@ -89,13 +89,13 @@ class Session:
 
     def _await_settings(self) -> WorkerSettings:
         deadline = time.monotonic() + SETTINGS_LIMIT_S
+        others: list[Item] = []
         while self._inbox.wait(deadline):
             items = self._inbox.take_all()
             found = [item for item in items if isinstance(item, WorkerSettings)]
-            for item in items:
-                if not isinstance(item, WorkerSettings):
-                    self._inbox.put(item)
+            others += [item for item in items if not isinstance(item, WorkerSettings)]
             if found:
+                self._inbox.put_back(others)
                 return found[0]
         raise DeadlineExceeded(f"the agent sent no settings within {SETTINGS_LIMIT_S:g} s")
 
@@ -107,8 +107,7 @@ class Session:
             items = self._inbox.take_all()
             for index, item in enumerate(items):
                 if isinstance(item, Plan) and self._me in item.ids:
-                    for rest in items[index + 1 :]:
-                        self._inbox.put(rest)
+                    self._inbox.put_back(items[index + 1 :])
                     return item
                 if isinstance(item, Received):
                     self._early.append(item)

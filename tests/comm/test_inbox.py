@@ -36,6 +36,19 @@ def test_takes_are_the_puts_in_order(actions: list[str]) -> None:
     assert inbox.take_all() == []
 
 
+def test_what_is_put_back_comes_first_and_in_its_order() -> None:
+    inbox: Inbox[int] = Inbox()
+    for item in range(4):
+        inbox.put(item)
+    assert inbox.wait(time.monotonic() + 60)
+    taken = inbox.take_all()
+    inbox.put(4)
+    inbox.put_back(taken[2:])
+    inbox.put_back(taken[1:2])
+    assert inbox.wait(0.0)
+    assert inbox.take_all() == [1, 2, 3, 4]
+
+
 def test_wait_ends_at_its_deadline() -> None:
     inbox: Inbox[int] = Inbox()
     start = time.monotonic()
