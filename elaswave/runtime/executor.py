@@ -65,6 +65,7 @@ class Executor:
         self._program_of_table: Program = ()
         self._losses: dict[tuple[Step, MicroBatch], LossScalars] = {}
         self._program: Program = ()
+        self._order_changed = False
         self._position = 0
         self._step = Step(-1)
         self._mine: frozenset[tuple[MicroBatch, Hop]] = frozenset()
@@ -109,9 +110,17 @@ class Executor:
         before, self._table = self._table, table
         if table is before or (before is not None and table.routes == before.routes):
             return
-        self._program_of_table = make_schedule(table.routes).programs.get(self._protocol.me, ())
-        self._program, self._position = self._program_of_table, 0
-        self.ask_again()
+        self._order_changed = True
+        if self._grant is not None:
+            self._take_order()
+            self.ask_again()
+
+    def _take_order(self) -> None:
+        """Not before own work is due: making it takes a millisecond or more, in which what was taken over can begin."""
+        if self._order_changed and self._table is not None:
+            self._order_changed = False
+            self._program_of_table = make_schedule(self._table.routes).programs.get(self._protocol.me, ())
+            self._program, self._position = self._program_of_table, 0
 
     def ask_again(self) -> None:
         """Ask for values of an unbuffered transport anew: of other peers, or because a link broke on the way."""
@@ -131,8 +140,8 @@ class Executor:
             return
         table = plan.table(self._step)
         if table is not self._table:
-            self._table = table
-            self._program_of_table = make_schedule(table.routes).programs.get(self._protocol.me, ())
+            self._table, self._order_changed = table, True
+        self._take_order()
         self._program = self._program_of_table
         self._mine = frozenset(self._protocol.my_hops())
         if self._grant is not None:
@@ -223,6 +232,7 @@ class Executor:
         return False
 
     def _run_program(self) -> bool:
+        self._take_order()
         while self._position < len(self._program):
             instruction = self._program[self._position]
             found = (instruction.micro_batch, instruction.hop)
