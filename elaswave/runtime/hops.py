@@ -1,11 +1,15 @@
-"""Runs hops: consecutive layers of one micro-batch, forward and backward, one layer at a time.
+"""Runs hops: consecutive layers of one micro-batch, forward and backward.
 
-Every layer is an autograd graph of its own, cut at its input, whichever hop it is part of: bits do not depend on where
-hops begin and end, gradients are contributions of single layers, and tied parameters never mix before quantisation.
+Every layer works as if it were an autograd graph of its own, cut at its input, whichever hop it is part of: bits do not
+depend on where hops begin and end, gradients are contributions of single layers, and tied parameters never mix before
+quantisation. Where a cut could not be told from none, the graphs of consecutive layers hang together: one call of the
+autograd engine instead of one a layer.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,11 +62,17 @@ class Backwarded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Kept:
-    """What a layer's backward pass needs. `result` is the graph's output, None where it is made again."""
+class _Segment:
+    """Consecutive layers whose graphs hang together, and what their backward pass needs.
 
+    input: the leaf that the graphs begin with. results: output of each layer, the last layer's is the loss; empty
+    where they are made again.
+    """
+
+    first: Layer
+    last: Layer
     input: Tensor
-    result: Tensor | None
+    results: tuple[Tensor, ...]
 
 
 class HopRunner:
@@ -78,7 +88,9 @@ class HopRunner:
         self._device = device
         self._last_layer = Layer(len(job.layers) - 1)
         self._dtype = PARAMETER_DTYPES[job.parameter_dtype]
-        self._kept: dict[HopKey, tuple[_Kept, ...]] = {}
+        self._kept: dict[HopKey, tuple[_Segment, ...]] = {}
+        self._joins = not job.recompute
+        self._boundaries_passed = 0  # by the backward pass under way, of a segment
 
     def forward(self, hop: HopKey, value: Tensor | None, upstream: NonFinite | None = None) -> Forwarded:
         """Run the hop on `value`, the input of layer `first` (None where it is 0: the micro-batch is loaded here).
@@ -86,21 +98,12 @@ class HopRunner:
         `upstream` is what came with the input. A hop that was run before is run again. Raises UserCodeError where the
         data set, a layer or the loss does.
         """
-        current = self._first_input(hop, value)
-        kept: list[_Kept] = []
-        outputs: list[Tensor] = []
-        for index in range(hop.first, hop.last):
-            layer = Layer(index)
-            leaf = self._leaf(layer, current)
-            result = self._run(hop, layer, leaf)
-            kept.append(_Kept(input=leaf, result=None if self._job.recompute else result))
-            current = canonical(result.detach())
-            outputs.append(current)
-        self._kept[hop] = tuple(kept)
+        segments, outputs = self._run_layers(hop, Layer(hop.first), Layer(hop.last), self._first_input(hop, value))
+        self._kept[hop] = segments
         non_finite = upstream or _first_non_finite(hop, outputs)
         if hop.last <= self._last_layer:
-            return Forwarded(output=current, loss=None, non_finite=non_finite)
-        return Forwarded(output=None, loss=self._scalars(hop, float(current), non_finite), non_finite=non_finite)
+            return Forwarded(output=outputs[-1], loss=None, non_finite=non_finite)
+        return Forwarded(output=None, loss=self._scalars(hop, float(outputs[-1]), non_finite), non_finite=non_finite)
 
     def backward(self, hop: HopKey, output_gradient: Tensor | None) -> Backwarded:
         """Run the hop backward; `output_gradient` is by the input of layer `last`, None where the hop ends in the loss.
@@ -112,10 +115,10 @@ class HopRunner:
             raise InvariantError(f"{hop} runs backward before it ran forward here")
         gradient = None if output_gradient is None else self._device.from_host(output_gradient)
         contributions: list[LayerContribution] = []
-        for layer in reversed(range(hop.first, hop.last)):
-            gradient, contribution = self._run_backward(hop, Layer(layer), kept[layer - hop.first], gradient)
-            contributions.append(contribution)
-        return Backwarded(input_gradient=gradient, contributions=tuple(reversed(contributions)))
+        for segment in reversed(kept):
+            gradient, found = self._run_backward(hop, segment, gradient)
+            contributions[:0] = found
+        return Backwarded(input_gradient=gradient, contributions=tuple(contributions))
 
     def discard(self, hop: HopKey) -> None:
         """Forget what the forward pass of this hop left, if it ran here."""
@@ -134,22 +137,69 @@ class HopRunner:
         loaded = self._device.from_host(self._load(hop).input)
         return loaded.to(self._dtype) if loaded.is_floating_point() else loaded
 
+    def _run_layers(
+        self, hop: HopKey, first: Layer, last: Layer, value: Tensor
+    ) -> tuple[tuple[_Segment, ...], list[Tensor]]:
+        """Run layers [first, last) from the input of the first one; also the output of each, canonical, graphless."""
+        segments: list[_Segment] = []
+        outputs: list[Tensor] = []
+        begin, leaf = first, self._leaf(first, value)
+        results: list[Tensor] = []
+        for index in range(first, last):
+            layer = Layer(index)
+            given = results[-1] if results else leaf
+            result = self._run(hop, layer, given)
+            output = canonical(result.detach())
+            outputs.append(output)
+            results.append(result)
+            if index + 1 < last and self._may_join(given, result, output):
+                result.register_hook(partial(self._pass_boundary, hop, layer))  # type: ignore[no-untyped-call]
+                continue
+            kept = () if self._job.recompute else tuple(results)
+            segments.append(_Segment(first=begin, last=Layer(index + 1), input=leaf, results=kept))
+            if index + 1 < last:
+                begin, leaf, results = Layer(index + 1), self._leaf(Layer(index + 1), output), []
+        return tuple(segments), outputs
+
+    def _may_join(self, given: Tensor, result: Tensor, output: Tensor) -> bool:
+        """Whether the next layer's graph may hang on this result and see what it would see behind a cut."""
+        lies_the_same = output.data_ptr() == result.data_ptr() and output.stride() == result.stride()
+        return (
+            self._joins
+            and lies_the_same
+            and result.is_floating_point()
+            and result.grad_fn is not None
+            and result is not given
+        )
+
+    def _pass_boundary(self, hop: HopKey, layer: Layer, gradient: Tensor | None) -> Tensor | None:
+        """The backward pass comes to `layer` within a segment: what its own engine call would begin with."""
+        if gradient is None:
+            return None
+        self._boundaries_passed += 1
+        self._device.seed(backward_key(self._job.seed, hop.step, layer, hop.micro_batch))
+        return canonical(gradient)
+
     def _leaf(self, layer: Layer, value: Tensor) -> Tensor:
-        """The input of a layer's own graph."""
+        """The input of a segment's graph."""
         if layer == 0:
             return value
         if not value.is_floating_point():
             raise UserCodeError(f"layer {layer - 1} gives {value.dtype}: its output must be a floating-point tensor")
         return value.detach().requires_grad_()
 
-    def _run(self, hop: HopKey, layer: Layer, leaf: Tensor) -> Tensor:
+    def _run(self, hop: HopKey, layer: Layer, given: Tensor) -> Tensor:
         """Output of the layer, for the last one the loss, with its graph."""
         module = self._model.layer(layer).module
         self._device.seed(layer_key(self._job.seed, hop.step, layer, hop.micro_batch))
         # Autograd forbids writing to a leaf that needs a gradient; samples have to be kept from layer 0 by a copy.
-        value = leaf if leaf.requires_grad else leaf.clone()
+        value = given if given.requires_grad else given.clone()
+        version = value._version
         with UserCode(f"layer {layer}"), torch.enable_grad():
             result = module(value)
+        if given.requires_grad and value._version != version:
+            # Behind a cut autograd itself refuses this.
+            raise UserCodeError(f"layer {layer} changes its input in place: that is the output of layer {layer - 1}")
         if not isinstance(result, Tensor):
             raise UserCodeError(f"layer {layer} gives a {type(result).__name__}: its output must be one tensor")
         return self._loss(hop, result) if layer == self._last_layer else result
@@ -164,27 +214,49 @@ class HopRunner:
         return loss
 
     def _run_backward(
-        self, hop: HopKey, layer: Layer, kept: _Kept, gradient: Tensor | None
-    ) -> tuple[Tensor | None, LayerContribution]:
-        hosted = self._model.layer(layer)
-        result = self._run(hop, layer, kept.input) if kept.result is None else kept.result
+        self, hop: HopKey, segment: _Segment, gradient: Tensor | None
+    ) -> tuple[Tensor | None, list[LayerContribution]]:
+        """Gradient by the segment's input, None for layer 0, and the contributions of its layers in their order."""
+        layers = [self._model.layer(Layer(layer)) for layer in range(segment.first, segment.last)]
+        results = segment.results or (self._run(hop, segment.first, segment.input),)
+        self._check_gradient(hop, Layer(segment.last - 1), results[-1], gradient)
+        inputs = [segment.input] if segment.input.requires_grad else []
+        targets = [*inputs, *(parameter for hosted in layers for parameter in hosted.parameters)]
+        found: tuple[Tensor | None, ...] = (None,) * len(targets)
+        self._boundaries_passed = 0
+        if targets and results[-1].requires_grad:
+            self._device.seed(backward_key(self._job.seed, hop.step, Layer(segment.last - 1), hop.micro_batch))
+            with UserCode(lambda: f"backward pass of layer {segment.last - 1 - self._boundaries_passed}"):
+                found = _gradients(results[-1], targets, gradient)
+        if self._boundaries_passed < len(results) - 1:
+            return self._run_backward_cut(hop, segment, gradient)
+        contributions: list[LayerContribution] = []
+        start = len(inputs)
+        for layer, hosted in enumerate(layers, segment.first):
+            stop = start + len(hosted.parameters)
+            blocks = hosted.gradients.gather(found[start:stop])
+            contributions.append(LayerContribution(layer=Layer(layer), blocks=blocks))
+            start = stop
+        return _by_input(inputs, found), contributions
+
+    def _run_backward_cut(
+        self, hop: HopKey, segment: _Segment, gradient: Tensor | None
+    ) -> tuple[Tensor | None, list[LayerContribution]]:
+        """The same with a cut at every layer: some layer's input has no gradient, which counts as zero behind a cut."""
+        self._joins = False  # it will be so in each micro-batch
+        segments, _ = self._run_layers(hop, segment.first, segment.last, segment.input.detach())
+        contributions: list[LayerContribution] = []
+        for part in reversed(segments):
+            gradient, found = self._run_backward(hop, part, gradient)
+            contributions[:0] = found
+        return gradient, contributions
+
+    def _check_gradient(self, hop: HopKey, layer: Layer, result: Tensor, gradient: Tensor | None) -> None:
         if layer != self._last_layer and (gradient is None or gradient.shape != result.shape):
             found = "none" if gradient is None else str(tuple(gradient.shape))
             raise InvariantError(
                 f"{hop}: gradient by the output of layer {layer} is {found}, not {tuple(result.shape)}"
             )
-        inputs = [kept.input] if kept.input.requires_grad else []
-        targets = [*inputs, *hosted.parameters]
-        self._device.seed(backward_key(self._job.seed, hop.step, layer, hop.micro_batch))
-        found_gradients: tuple[Tensor | None, ...] = (None,) * len(targets)
-        if targets and result.requires_grad:
-            with UserCode(f"backward pass of layer {layer}"):
-                found_gradients = _gradients(result, targets, gradient)
-        contribution = hosted.gradients.gather(found_gradients[len(inputs) :])
-        by_input = found_gradients[0] if inputs else None
-        if inputs:
-            by_input = torch.zeros_like(kept.input) if by_input is None else canonical(by_input)
-        return by_input, LayerContribution(layer=layer, blocks=contribution)
 
     def _scalars(self, hop: HopKey, loss: float, non_finite: NonFinite | None) -> LossScalars:
         data = self._load(hop)
@@ -197,6 +269,14 @@ class HopRunner:
 
     def _load(self, hop: HopKey) -> MicroBatchData:
         return self._loader.load(hop.step, hop.micro_batch)
+
+
+def _by_input(inputs: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor | None:
+    """The first gradient found, canonical, where there is an input that needs one."""
+    if not inputs:
+        return None
+    gradient = found[0]
+    return torch.zeros_like(inputs[0]) if gradient is None else canonical(gradient)
 
 
 def _gradients(result: Tensor, targets: list[Tensor], gradient: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,7 @@
 """Marks calls into the user's code, so that what it raises is reported as the user's."""
 
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 from elaswave.errors import ElasWaveError, UserCodeError
@@ -9,12 +10,14 @@ from elaswave.errors import ElasWaveError, UserCodeError
 class UserCode:
     """Context in which any exception but ElasWave's own becomes UserCodeError: `what` names who raised.
 
+    A function is asked for the name when something was raised.
+
     The message is one line; the user's exception, with its traceback, is the cause.
     """
 
     __slots__ = ("_what",)
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str | Callable[[], str]) -> None:
         self._what = what
 
     def __enter__(self) -> None:
@@ -25,4 +28,5 @@ class UserCode:
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, ElasWaveError):
             summary = " ".join("".join(traceback.format_exception_only(error)).split())
-            raise UserCodeError(f"{self._what} raised {summary}") from error
+            what = self._what if isinstance(self._what, str) else self._what()
+            raise UserCodeError(f"{what} raised {summary}") from error
