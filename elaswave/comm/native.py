@@ -1,16 +1,17 @@
 """A vendor's communicator (NCCL, RCCL, gloo) beside an elastic group: built behind the training, swapped in by a vote.
 
-Such communicators are fast while nobody dies, and can only be thrown away when somebody does. So collectives go over
-the elastic group until every rank has built the native one, and again from the moment a member is lost. See
-docs/communicators.md, which also says what was run on which hardware.
+Such communicators are fast while nobody dies; when somebody does they are of no use until they were edited, where the
+library can, or thrown away and built anew. So collectives go over the elastic group until every rank has the native
+one, and again from the moment a member is lost. See docs/communicators.md, which also says what was run on which
+hardware.
 """
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,16 @@ from torch import Tensor
 
 from elaswave.comm.group import Group
 from elaswave.comm.operators import combine_of
+from elaswave.core.ids import WorkerId
+from elaswave.core.native_edits import MemberChange, change_of
 from elaswave.errors import DeadlineExceeded, EpochChanged, PeerError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
     from torch.futures import Future
+
+EDIT_FAILED, NOT_READY, READY = -1, 0, 1
+"""Votes about the native communicator; the least one counts."""
 
 NEWS_LIMIT_S = 2.0
 """A native operation fails before or after the links tell who is lost: so long it waits for their word."""
@@ -44,6 +50,28 @@ class NativeFactory(Protocol):
     def __call__(self, name: str, rank: int, size: int) -> NativeCommunicator: ...
 
 
+@runtime_checkable
+class NativeEditor(Protocol):
+    """Makes a communicator, of the one before where it can: NcclEditor of nccl.py."""
+
+    def edit(
+        self,
+        native: NativeCommunicator | None,
+        name: str,
+        change: MemberChange,
+        me: WorkerId,
+        cancelled: threading.Event,
+    ) -> NativeCommunicator:
+        """`native`, of `change.before`, is the editor's from now on; with None one is made from nothing.
+
+        Blocks until all members of `change.after` have come; fails soon after `cancelled` was set.
+        """
+
+
+Make = Callable[[threading.Event], NativeCommunicator]
+"""Makes a communicator; may give up once the event is set."""
+
+
 class GlooCommunicator:
     """gloo as the native group: to prove the swap where there is no GPU. It cannot abort; it is left to time out."""
 
@@ -58,12 +86,13 @@ class GlooCommunicator:
         return None
 
 
-class _Build:
+class Build:
     """One attempt for one epoch, in a thread of its own, which no thread of the training waits for."""
 
-    def __init__(self, make: Callable[[], NativeCommunicator], name: str) -> None:
+    def __init__(self, make: Make, name: str, *, is_edit: bool) -> None:
+        self.is_edit = is_edit
         self._make = make
-        self._abandoned = False
+        self._abandoned = threading.Event()
         self._lock = threading.Lock()
         self.made: NativeCommunicator | None = None
         self.error: Exception | None = None
@@ -73,23 +102,35 @@ class _Build:
 
     def _run(self) -> None:
         try:
-            made = self._make()
+            made = self._make(self._abandoned)
         except Exception as error:  # outermost frame of the thread; `HybridGroup.build_error` reports it
             self.error = error
             return
         with self._lock:
-            if not self._abandoned:
+            if not self._abandoned.is_set():
                 self.made = made
                 return
         made.abort()
 
     def abandon(self) -> None:
         """Of no use any more: end it behind the training."""
-        with self._lock:
-            self._abandoned = True
-            made, self.made = self.made, None
+        made = self.give_away()
         if made is not None:
             threading.Thread(target=made.abort, name="elaswave-native-abort", daemon=True).start()
+
+    def give_away(self) -> NativeCommunicator | None:
+        """What was made, if it was, to somebody else; what is made later is aborted."""
+        with self._lock:
+            self._abandoned.set()
+            made, self.made = self.made, None
+        return made
+
+    @property
+    def vote(self) -> int:
+        """What this rank has to say about it."""
+        if self.made is not None:
+            return READY
+        return EDIT_FAILED if self.is_edit and self.error is not None else NOT_READY
 
     def wait(self, deadline: float) -> bool:
         """Until it is built or has failed; whether it is built. For tests and for who wants to start with it."""
@@ -105,12 +146,16 @@ class HybridGroup:
     After EpochChanged: `reconfigure()` of the process group, `rearm()`, and the step again.
     """
 
-    def __init__(self, group: Group, factory: NativeFactory, name: str) -> None:
+    def __init__(self, group: Group, factory: NativeFactory | NativeEditor, name: str) -> None:
         self._group = group
         self._factory = factory
         self._name = name
-        self._build: _Build | None = None
+        self._build: Build | None = None
         self._native: NativeCommunicator | None = None
+        self._members: tuple[WorkerId, ...] = ()
+        self._attempts = (0, 0)
+        self.edit_error: Exception | None = None
+        """Why the last edit was given up, on this rank, for building from nothing."""
 
     @property
     def is_native(self) -> bool:
@@ -122,13 +167,36 @@ class HybridGroup:
         """Why there is no native communicator in this epoch."""
         return self._build.error if self._build is not None else None
 
-    def rearm(self) -> None:
-        """Drop the native communicator, if any, and build one of the members as they are now, behind the training."""
+    def rearm(self, joined: Collection[WorkerId] = ()) -> None:
+        """Make a native communicator of the members as they are now, behind the training; every rank calls it.
+
+        One that was in use, which all ranks are agreed on, is edited if the factory is an editor; else it is dropped.
+        joined: told by a rank that was added to others, all that were added with it; it joins what they have.
+        """
+        members = self._group.communicator.members
+        if joined:
+            before = tuple(worker for worker in members if worker not in joined)
+        else:
+            before = self._members if self._native is not None else ()
+        native = self._build.give_away() if self._native is not None and self._build is not None else None
+        self._start(native, change_of(before, members))
+
+    def _start(self, native: NativeCommunicator | None, change: MemberChange) -> None:
         self.close()
-        communicator = self._group.communicator
-        rank, size = communicator.rank, communicator.size
-        name = f"{self._name}/{communicator.epoch}"
-        self._build = _Build(lambda: self._factory(name, rank, size), name)
+        communicator, factory = self._group.communicator, self._factory
+        epoch, attempt = self._attempts
+        attempt = attempt + 1 if communicator.epoch == epoch else 0
+        self._attempts = communicator.epoch, attempt
+        self._members = change.after
+        me, rank, size = communicator.me, communicator.rank, communicator.size
+        name = f"{self._name}/{communicator.epoch}/{attempt}"
+
+        def make(cancelled: threading.Event) -> NativeCommunicator:
+            if isinstance(factory, NativeEditor):
+                return factory.edit(native, name, change, me, cancelled)
+            return factory(name, rank, size)
+
+        self._build = Build(make, name, is_edit=isinstance(factory, NativeEditor) and bool(change.before))
 
     def close(self) -> None:
         """Drop the native communicator, or the build of one, for good. The elastic group stays."""
@@ -146,32 +214,46 @@ class HybridGroup:
         if self._native is None:
             endpoint.wait(self._group.all_reduce(tensor))
             return
-        deadline = time.monotonic() + self._group.timeout_s
-        future = self._native.all_reduce(tensor)
-        future.add_done_callback(lambda _: endpoint.wake())
-        endpoint.drive(lambda: future.done() or self._group.communicator.broken, deadline, "a native all-reduce")
-        try:
-            if not self._group.communicator.broken:
-                future.wait()
-                return
-        except RuntimeError as error:
-            self._await_news(error)
-        raise EpochChanged("a member was lost: call reconfigure() and rearm(), and repeat the step")
-
-    def _await_news(self, error: RuntimeError) -> None:
-        """The native operation has failed: the links will tell of a loss, or nobody is lost."""
-        communicator = self._group.communicator
-        with suppress(DeadlineExceeded):
-            self._group.endpoint.drive(lambda: communicator.broken, time.monotonic() + NEWS_LIMIT_S, "news of a loss")
-        if not communicator.broken:
-            raise PeerError(f"the native communicator has failed, and all members are there: {error}") from error
+        sum_natively(self._group, self._native, tensor)
 
     def boundary(self) -> bool:
         """End of a step: all ranks have all results of it, or EpochChanged on all. Whether the next one is native."""
-        ready = self._build is not None and self._build.made is not None
-        vote = torch.tensor([int(ready)])
+        vote = torch.tensor([NOT_READY if self._build is None else self._build.vote])
         minimum = combine_of(dist.ReduceOp.MIN, vote.dtype)
         self._group.endpoint.wait(self._group.all_reduce(vote, minimum))
-        if vote.item() and self._build is not None:
+        least = int(vote.item())
+        if least == EDIT_FAILED:
+            self.edit_error = self.build_error
+            self._start(None, change_of((), self._group.communicator.members))
+        elif least == READY and self._build is not None:
             self._native = self._build.made
         return self.is_native
+
+
+def sum_natively(group: Group, native: NativeCommunicator, tensor: Tensor) -> None:
+    """`tensor` becomes the sum over the ranks of `native`, which are some or all of the group's.
+
+    EpochChanged where the group loses a member meanwhile: what is in `tensor` then is undefined. PeerError where the
+    native communicator fails otherwise.
+    """
+    communicator, endpoint = group.communicator, group.endpoint
+    future = native.all_reduce(tensor)
+    future.add_done_callback(lambda _: endpoint.wake())
+    deadline = time.monotonic() + group.timeout_s
+    endpoint.drive(lambda: future.done() or communicator.broken, deadline, "a native all-reduce")
+    try:
+        if not communicator.broken:
+            future.wait()
+            return
+    except RuntimeError as error:
+        _await_news(group, error)
+    raise EpochChanged("a member was lost: call reconfigure() and rearm(), and repeat the step")
+
+
+def _await_news(group: Group, error: RuntimeError) -> None:
+    """The native operation has failed: the links will tell of a loss, or nobody is lost."""
+    communicator = group.communicator
+    with suppress(DeadlineExceeded):
+        group.endpoint.drive(lambda: communicator.broken, time.monotonic() + NEWS_LIMIT_S, "news of a loss")
+    if not communicator.broken:
+        raise PeerError(f"the native communicator has failed, and all members are there: {error}") from error

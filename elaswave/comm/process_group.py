@@ -6,10 +6,10 @@
 A collective that meets a loss raises EpochChanged on all survivors or succeeds on all. See docs/communicators.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elaswave.comm.arena import ARENA_BYTES
 from elaswave.comm.fabric import Fabric
+from elaswave.comm.grid_group import GridGroup
 from elaswave.comm.group import Group, flat_of
-from elaswave.comm.native import HybridGroup, NativeFactory
+from elaswave.comm.native import HybridGroup, NativeEditor, NativeFactory
 from elaswave.comm.operation import Operation
 from elaswave.comm.operators import average_over, combine_of
 from elaswave.comm.works import DoneWork, OperationWork, ReceiveWork
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import _DistributedBackendOptions
 
 Tensors = Sequence[Tensor]
+Result = TypeVar("Result")
 
 
 class ElasticProcessGroup(dist.ProcessGroup):
@@ -117,9 +119,13 @@ class ElasticProcessGroup(dist.ProcessGroup):
         self._fabric.reconfigure()
         _update_tables()
 
-    def hybrid(self, factory: NativeFactory) -> HybridGroup:
+    def hybrid(self, factory: NativeFactory | NativeEditor) -> HybridGroup:
         """All-reduces of this group over a native communicator where every rank has built one; see HybridGroup."""
         return HybridGroup(self._group, factory, self._name)
+
+    def grid(self, factory: NativeFactory) -> GridGroup:
+        """The same over a grid of small native communicators, which goes on natively after a loss; see GridGroup."""
+        return GridGroup(self._group, factory, self._name)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -281,6 +287,25 @@ class ElasticProcessGroup(dist.ProcessGroup):
         if getattr(opts, "asyncOp", False):
             self._group.endpoint.attend()
         return work
+
+
+def run_step(step: Callable[[], Result], model: nn.Module) -> Result:
+    """What `step` returns: a forward and backward pass of `model`, run again after each loss by whoever is left.
+
+    Over the default group; all its ranks call it. A step must leave parameters alone, and end with an operation of the
+    default group, as DDP's backward pass does: apply the optimizer afterwards. Raises what `step` does otherwise, and
+    EpochChanged where this process itself was removed. ConfigError: the default group is not elastic.
+    """
+    group = dist.group.WORLD
+    if not isinstance(group, ElasticProcessGroup):
+        raise ConfigError(f"the default group is {group!r}: init_process_group with backend 'elastic' comes first")
+    while True:
+        try:
+            with group.guard():
+                return step()
+        except EpochChanged:
+            group.reconfigure()
+            forget_step(model)
 
 
 def forget_step(model: nn.Module) -> None:

@@ -28,6 +28,38 @@ def test_sums_are_right_over_the_swap_and_over_a_loss(native_nursery: Nursery, t
         assert ways[4] == "N"
 
 
+@pytest.mark.parametrize(("dies_at", "shrinks"), [(1, {0, 1}), (5, {1})])
+def test_a_native_communicator_is_edited_after_a_loss(
+    native_nursery: Nursery, tmp_path: Path, dies_at: int, shrinks: set[int]
+) -> None:
+    found = native_nursery.run("edit_and_lose", 4, tmp_path, killed=(1,), dies_at=dies_at)
+    assert len({shrunk for _, shrunk in found.values()}) == 1
+    for ways, shrunk in found.values():
+        assert shrunk in shrinks, "what is not in use yet is made from nothing"
+        assert ways[dies_at] == "E"
+        assert ways.endswith("NN")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    ("deaths", "ways"),
+    [
+        ({3: 1}, "ENNNNNNN"),  # round a loss without a new communicator
+        ({3: 4, 5: 3}, "ENNNNNNN"),  # the first row is whole, and the last column
+        ({3: 1, 5: 5}, "ENNNNEEE"),  # no row is whole
+    ],
+)
+def test_a_grid_sums_round_its_losses(
+    native_nursery: Nursery, tmp_path: Path, deaths: dict[int, int], ways: str, index: int
+) -> None:
+    killed = tuple(deaths.values())
+    found = native_nursery.run("grid_and_lose", 6, tmp_path, killed=killed, deaths=deaths, index=index)
+    assert len(found) == 6 - len(killed)
+    for taken, made in found.values():
+        assert taken == ways + "E" + "N" * 3, "then a grid of whoever is left"
+        assert made == 2, "a row and a column"
+
+
 def test_a_native_failure_without_a_loss_is_named(native_nursery: Nursery, tmp_path: Path) -> None:
     found = native_nursery.run("fail_alive", 3, tmp_path)
     assert all("the fabric is on fire" in str(said) for said in found.values())
