@@ -23,6 +23,9 @@ EPOCHS_AHEAD = 1024
 NOTHING_MISSED = 1 << 40
 """What a joining rank says about the operations before it: more than any number of them."""
 
+KEEP_LIMIT_BYTES = 1 << 20
+"""Results that all ranks share, up to this, are kept till the next operation."""
+
 NO_STAKE = 1 << 60
 """Stake of a rank that has nothing to go on with; more than any other."""
 
@@ -183,7 +186,15 @@ class Communicator:
         return payload.view(like.dtype) if expected else torch.empty(0, dtype=like.dtype)
 
     def _advance(self, operation: Operation, answer: Tensor | None) -> None:
-        """Run the generator until it waits for something that is not here, or ends."""
+        """Run the operation, and those behind it, until one waits for something that is not here, or fails."""
+        while self._run(operation, answer):
+            following = self._succeed(operation)
+            if following is None:
+                return
+            operation, answer = following, None
+
+    def _run(self, operation: Operation, answer: Tensor | None) -> bool:
+        """Run one operation as far as it goes; whether it has ended well."""
         operation.awaited = None
         self.sends_kept = operation.keep or operation.number == AGREEMENT
         try:
@@ -200,16 +211,17 @@ class Communicator:
                         if answer is None:
                             operation.awaited = command
                             self._check_departed(operation)
-                            return
+                            return False
                     case Await():
                         if not command.is_ready():
                             operation.awaited = command
                             self._check_departed(operation)
-                            return
+                            return False
         except StopIteration:
-            self._succeed(operation)
+            return True
         except ElasWaveError as error:
             self.fail(error)
+            return False
 
     def depart(self, member: WorkerId) -> None:
         """It has left in order, and all that it had sent is here: it is missed only where more of it is awaited.
@@ -228,13 +240,13 @@ class Communicator:
         if member in self._departed:
             self._missed(member)
 
-    def _succeed(self, operation: Operation) -> None:
+    def _succeed(self, operation: Operation) -> Operation | None:
+        """The operation that may run now."""
         if operation.number == AGREEMENT:
             self._end(operation, None)
-            return
+            return None
         self._complete(operation)
-        if self._queue:
-            self._advance(self._queue[0], None)
+        return self._queue[0] if self._queue else None
 
     def _complete(self, operation: Operation) -> None:
         self._queue.popleft()
@@ -349,10 +361,16 @@ class Communicator:
         head = self._queue[0] if self._queue else None
         length = torch.tensor([0 if kept is None else kept.numel() * kept.element_size()])
         yield from rotated(tree_broadcast((rank - holder) % size, size, length), holder, size)
+        missed = head.result if head is not None and head.number == last and not head.held else None
+        if not 0 <= int(length) <= KEEP_LIMIT_BYTES or (missed is not None and missed.nbytes != int(length)):
+            raise ProtocolError(
+                f"rank {holder} hands over a result of {int(length)} bytes for operation {last} of {self.name}: kept "
+                f"are at most {KEEP_LIMIT_BYTES}, and all ranks must call the same operations with the same shapes"
+            )
         received = torch.empty(int(length), dtype=torch.uint8) if kept is None else kept.view(torch.uint8)
         yield from rotated(tree_broadcast((rank - holder) % size, size, received), holder, size)
-        if head is not None and head.number == last and not head.held and head.result is not None:
-            head.result.view(torch.uint8).copy_(received)
+        if missed is not None:
+            missed.view(torch.uint8).copy_(received)
 
     def _settle(self, last: int) -> None:
         """All members know: operations up to `last` have succeeded, later ones fail."""

@@ -3,6 +3,7 @@
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ _OPERATION_META = struct.Struct("<QIQ")
 _MESSAGE_META = struct.Struct("<QIq")
 
 LATE_STORE_LIMIT = 4096
-"""Frames kept for communicators that this process has not made yet."""
+"""Frames kept for communicators that this process has not made yet. Over it the oldest go: those that never made one
+will claim, such as the last words of a group that was destroyed here first."""
 
 OnLost = Callable[[PeerClosed], None]
 OnNotice = Callable[[WorkerId, bytes], None]
@@ -73,11 +75,12 @@ class Endpoint:
         self._on_notice = on_notice
         self._communicators: dict[int, Communicator] = {}
         self._mailboxes: dict[int, Mailbox] = {}
-        self._late: list[Received] = []
+        self._late: deque[Received] = deque(maxlen=LATE_STORE_LIMIT)
         self._departed: set[WorkerId] = set()
         self._state = threading.RLock()  # guards the communicators
         self._driving = threading.Lock()  # held by who waits on the inbox
         self._changed = threading.Condition()
+        self._followers = 0  # threads that wait while another one drives
         self._thread: threading.Thread | None = None
         self._failure: ElasWaveError | None = None
         self._closed = False
@@ -160,7 +163,8 @@ class Endpoint:
                 found.depart(peer)
             if epoch:
                 found.join(epoch, time.monotonic())
-            late, self._late = self._late, []
+            late = tuple(self._late)
+            self._late.clear()
             for frame in late:
                 self._take_frame(frame)
         return found
@@ -244,9 +248,9 @@ class Endpoint:
 
     def send(self, communicator: Communicator, rank: int, tag: int, tensor: Tensor) -> None:
         """Send a flat tensor to a rank; it is copied where it has to wait."""
-        meta = _MESSAGE_META.pack(communicator.identity, communicator.epoch, tag)
         with self._state:
             communicator.check()
+            meta = _MESSAGE_META.pack(communicator.identity, communicator.epoch, tag)
             member = communicator.members[rank]
             if member == self.me:
                 self._mailboxes[communicator.identity].arrived(
@@ -306,9 +310,7 @@ class Endpoint:
         while not is_done():
             self._check(deadline, what)
             if not self._driving.acquire(blocking=False):
-                with self._changed:
-                    if self._driving.locked() and not is_done():
-                        self._changed.wait(max(0.0, deadline - time.monotonic()))
+                self._follow(is_done, deadline)
                 continue
             try:
                 while not is_done():
@@ -318,6 +320,17 @@ class Endpoint:
                 self._driving.release()
                 with self._changed:
                     self._changed.notify_all()
+
+    def _follow(self, is_done: Callable[[], bool], deadline: float) -> None:
+        """Wait until something has changed, or nobody drives any more."""
+        with self._changed:
+            # Counted before the look: who drives changes something first, and looks for followers then.
+            self._followers += 1
+            try:
+                if self._driving.locked() and not is_done():
+                    self._changed.wait(max(0.0, deadline - time.monotonic()))
+            finally:
+                self._followers -= 1
 
     def _check(self, deadline: float, what: str) -> None:
         if self._failure is not None:
@@ -384,8 +397,7 @@ class Endpoint:
         try:
             identity = int.from_bytes(frame.meta[:8], "little")
             if identity not in self._communicators:
-                if len(self._late) < LATE_STORE_LIMIT:
-                    self._late.append(frame)
+                self._late.append(frame)
                 return
             payload = torch.from_numpy(frame.payload)
             if frame.kind == OPERATION:
@@ -411,10 +423,9 @@ class Endpoint:
                 if communicator.finished:
                     ended += communicator.finished
                     communicator.finished.clear()
-        if not ended:
-            return
-        with self._changed:
-            self._changed.notify_all()
+        if ended or self._followers:
+            with self._changed:
+                self._changed.notify_all()
         for operation in ended:
             for callback in operation.callbacks:
                 callback(operation)

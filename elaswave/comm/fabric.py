@@ -57,15 +57,14 @@ class Fabric:
         self._timeout_s = timeout.total_seconds()
         self._neighbours: set[WorkerId] = set()  # processes of this host that share memory
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._addresses: dict[WorkerId, str] = {}
+        token, options = self._token(rank), EndpointOptions(agree_s=self._timeout_s)
+        self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed, options=options)
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         try:
-            token = self._token(rank)
-            options = EndpointOptions(agree_s=self._timeout_s)
-            self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed, options=options)
             self._meet(rank, size, timeout)
         except BaseException:
-            rmtree(self._folder, ignore_errors=True)
+            self.close()
             raise
 
     def _token(self, rank: int) -> bytes:

@@ -19,7 +19,7 @@ from elaswave.comm.collectives.shared_memory import (
     shared_reduce_scatter,
 )
 from elaswave.comm.collectives.tree import tree_all_gather, tree_all_reduce, tree_barrier
-from elaswave.comm.communicator import Communicator
+from elaswave.comm.communicator import KEEP_LIMIT_BYTES, Communicator
 from elaswave.comm.endpoint import Endpoint
 from elaswave.comm.operation import Operation
 from elaswave.comm.sharing import Sharing
@@ -43,9 +43,6 @@ from elaswave.comm.sharing import Sharing
 # A tree's root works while the others wait: at 1 MB one tree takes twice the time of two, at 4 MB two that of a grid.
 TREE_LIMIT_BYTES = 256 << 10
 """Results up to this go through one tree, in the fewest frames."""
-
-KEEP_LIMIT_BYTES = 1 << 20
-"""Results that all ranks share, up to this: kept till the next operation, and all-reduces go through two trees."""
 
 _NOTHING = torch.empty(0)
 Finish = Callable[[], object]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from elaswave.comm.collectives.commands import Collective
+from elaswave.comm.collectives.commands import Collective, Receive
 from elaswave.comm.collectives.composed import acknowledged
 from elaswave.comm.collectives.grid import grid_all_reduce, halved_all_reduce
 from elaswave.comm.collectives.reduction import add
 from elaswave.comm.collectives.tree import tree_all_reduce
-from elaswave.comm.communicator import without
+from elaswave.comm.communicator import AGREEMENT, NO_STAKE, without
 from elaswave.comm.operation import Operation
 from elaswave.core.ids import WorkerId
 from elaswave.errors import EpochChanged, ProtocolError
@@ -160,3 +160,39 @@ def test_an_operation_of_another_length_is_an_error_that_names_both() -> None:
     assert operation.finished
     with pytest.raises(ProtocolError, match=r"12 bytes .* expects 28"):
         operation.raise_error()
+
+
+def test_any_number_of_operations_that_wait_end_at_once() -> None:
+    """All but the first have what they need already: they must not end inside one another."""
+    count = 2000
+    network = Network(3, random.Random(0))
+    me = network.ranks[WorkerId(0)]
+
+    def receive(source: int) -> Collective:
+        yield Receive(source, torch.zeros(1))
+
+    operations = [Operation("test", receive(1 if index == 0 else 2), 1e9, None, keep=False) for index in range(count)]
+    for operation in operations:
+        me.submit(operation)
+    content = torch.zeros(1).view(torch.uint8)
+    for number in range(2, count + 1):
+        me.receive(WorkerId(2), 0, number, content)
+    assert not any(operation.finished for operation in operations)
+    me.receive(WorkerId(1), 0, 1, content)
+    assert all(operation.finished and operation.error is None for operation in operations)
+    assert me.finished == operations, "in their order"
+
+
+@pytest.mark.parametrize("length", [-1, 3, 1 << 60])
+def test_a_result_that_is_handed_over_has_the_expected_length(length: int) -> None:
+    """Rank 0 has missed the last operation; the holder claims a length of its own."""
+    network = Network(2, random.Random(0))
+    me, tensor = network.ranks[WorkerId(0)], torch.ones(LENGTH)
+    operation = network.start(WorkerId(0), small, tensor, keep=True)
+    me.edit(1, (), (), 0.0)
+
+    completed, ranks = 1, 1 << 20
+    for said in ([completed * ranks + 1, -completed, 0, NO_STAKE], [length]):
+        me.receive(WorkerId(1), 1, AGREEMENT, torch.tensor(said).view(torch.uint8))
+    assert isinstance(operation.error, ProtocolError)
+    assert f"hands over a result of {length} bytes" in str(operation.error)

@@ -1,9 +1,13 @@
 """Fabrics with real links and a store: every rank a thread of this process; who tells whom of a loss."""
 
+import os
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -93,3 +97,13 @@ def test_a_loss_is_known_to_all_although_its_teller_is_lost_before_it_has_told(
     assert gang.notices() == 0
     gang.lose(left[1], teller)
     assert gang.on(left, gang.recover) == dict.fromkeys(left, float(len(left)))
+
+
+def test_a_rendezvous_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(RuntimeError):
+        Fabric(dist.HashStore(), 0, 2, timedelta(milliseconds=20))  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not list(tmp_path.iterdir())
