@@ -2,6 +2,7 @@
 
 import time
 from datetime import timedelta
+from itertools import count
 
 import torch.distributed as dist
 from torch import Tensor
@@ -78,18 +79,17 @@ class OperationWork(dist.Work):
     def get_future(self) -> Future[Values]:
         """Driven by the endpoint's thread. A failure is raised where the value is asked for, by C++ code too."""
         ended: Future[None] = Future()
-        left = len(self._operations)
+        numbers = count(1)
 
-        def count(_: Operation) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
+        def note(_: Operation) -> None:
+            # Called by whoever drives and, for what has ended already, by this thread: `next` is atomic.
+            if next(numbers) == len(self._operations):
                 ended.set_result(None)
 
         future = ended.then(self._value)
         for operation in self._operations:
-            self._endpoint.when_ended(operation, count)
-        if not left and not self._operations:
+            self._endpoint.when_ended(operation, note)
+        if not self._operations:
             ended.set_result(None)
         self._endpoint.attend()
         return future
