@@ -207,6 +207,12 @@ class Endpoint:
                 raise communicator.failure
             communicator.acknowledge()
 
+    def membership(self, communicator: Communicator) -> tuple[int, tuple[WorkerId, ...]]:
+        """Epoch and members of one moment. Raises why operations fail now, if they do."""
+        with self._state:
+            communicator.check()
+            return communicator.epoch, communicator.members
+
     # ------------------------------------------------------------------ operations
 
     def start(self, communicator: Communicator, operation: Operation) -> None:

@@ -153,7 +153,7 @@ class HybridGroup:
         self._build: Build | None = None
         self._native: NativeCommunicator | None = None
         self._members: tuple[WorkerId, ...] = ()
-        self._attempts = (0, 0)
+        self._epoch = self._attempt = -1
         self.edit_error: Exception | None = None
         """Why the last edit was given up, on this rank, for building from nothing."""
 
@@ -173,23 +173,28 @@ class HybridGroup:
         One that was in use, which all ranks are agreed on, is edited if the factory is an editor; else it is dropped.
         joined: told by a rank that was added to others, all that were added with it; it joins what they have.
         """
-        members = self._group.communicator.members
+        try:
+            epoch, members = self._group.endpoint.membership(self._group.communicator)
+        except PeerError:
+            self.close()  # of no use any more; the next operation raises it too, and then this is called again
+            return
         if joined:
             before = tuple(worker for worker in members if worker not in joined)
         else:
             before = self._members if self._native is not None else ()
-        native = self._build.give_away() if self._native is not None and self._build is not None else None
-        self._start(native, change_of(before, members))
+        native = None
+        if self._native is not None and self._build is not None and isinstance(self._factory, NativeEditor):
+            native = self._build.give_away()
+        attempt = self._attempt + 1 if epoch == self._epoch else 0
+        self._start(native, change_of(before, members), epoch, attempt)
 
-    def _start(self, native: NativeCommunicator | None, change: MemberChange) -> None:
+    def _start(self, native: NativeCommunicator | None, change: MemberChange, epoch: int, attempt: int) -> None:
+        """`epoch` and `attempt` name it: the same on all ranks, whenever they begin."""
         self.close()
-        communicator, factory = self._group.communicator, self._factory
-        epoch, attempt = self._attempts
-        attempt = attempt + 1 if communicator.epoch == epoch else 0
-        self._attempts = communicator.epoch, attempt
-        self._members = change.after
-        me, rank, size = communicator.me, communicator.rank, communicator.size
-        name = f"{self._name}/{communicator.epoch}/{attempt}"
+        self._members, self._epoch, self._attempt = change.after, epoch, attempt
+        name = f"{self._name}/{epoch}/{attempt}"
+        factory, communicator = self._factory, self._group.communicator
+        me, rank, size = communicator.me, communicator.rank, len(change.after)
 
         def make(cancelled: threading.Event) -> NativeCommunicator:
             if isinstance(factory, NativeEditor):
@@ -224,7 +229,7 @@ class HybridGroup:
         least = int(vote.item())
         if least == EDIT_FAILED:
             self.edit_error = self.build_error
-            self._start(None, change_of((), self._group.communicator.members))
+            self._start(None, change_of((), self._members), self._epoch, self._attempt + 1)
         elif least == READY and self._build is not None:
             self._native = self._build.made
         return self.is_native

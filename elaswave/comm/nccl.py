@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -189,24 +188,28 @@ class _Edit(Generic[H]):
                 self._add(library.shrink(self._of(step.of), step.excluded, abort_in_flight=step.abort_in_flight))
             case Grow():
                 parent = None if step.of is None else self._of(step.of)
-                unique_id = self._exchanged(parent, is_root=step.root)
+                unique_id = self._exchanged("grow", parent, is_root=step.root)
                 needed = unique_id if step.root or parent is None else None
                 self._add(library.grow(parent, step.size, step.rank, needed))
             case Abort():
                 self._alive.discard(step.of)
                 library.abort(self._of(step.of))
             case Initialise():
-                self._add(library.init_rank(step.size, step.rank, self._exchanged(None, is_root=step.rank == 0)))
+                unique_id = self._exchanged("initialise", None, is_root=step.rank == 0)
+                self._add(library.init_rank(step.size, step.rank, unique_id))
 
-    def _exchanged(self, parent: H | None, *, is_root: bool) -> bytes:
-        """The unique id, told by the root. All ranks wait for it: the calls that use it may block until it is there."""
+    def _exchanged(self, use: str, parent: H | None, *, is_root: bool) -> bytes:
+        """The unique id, told by the root. All ranks wait for it: the calls that use it may block until it is there.
+
+        use: one for a grow is never taken for an init, should ranks not agree on which of them it is.
+        """
+        key = f"{self._name}/{use}"
         if is_root:
             unique_id = self._library.unique_id(parent)
-            self._store.set(self._name, unique_id.hex())
+            self._store.set(key, unique_id.hex())
             return unique_id
-        self._until(lambda: self._store.check([self._name]), "the unique id of rank 0")
-        self._store.wait([self._name], timedelta(seconds=max(POLL_S, self._deadline - time.monotonic())))
-        return bytes.fromhex(self._store.get(self._name).decode())
+        self._until(lambda: self._store.check([key]), f"the unique id of rank 0 to {use}")
+        return bytes.fromhex(self._store.get(key).decode())
 
     def _until(self, is_done: Callable[[], bool], what: str) -> None:
         while not is_done():

@@ -1,7 +1,7 @@
 """nccl4py, NVIDIA's Python binding of NCCL, as the library behind native communicators.
 
-Not a dependency: imported when asked for. Its calls follow the documentation of nccl4py 0.6 (docs.nvidia.com) and were
-never run: there was no GPU. See docs/communicators.md.
+Not a dependency: imported when asked for. Its calls were compared with the sources of nccl4py 0.6.0 and were never run:
+there was no GPU. See docs/communicators.md.
 """
 
 import importlib

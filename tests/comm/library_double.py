@@ -41,6 +41,14 @@ class World:
         self.lock = threading.Lock()
         self.parties: dict[object, Party] = {}
         self.identities = 0
+        self.for_growth: set[bytes] = set()
+        self.refused: list[str] = []
+
+    def require(self, condition: bool, why: str) -> None:
+        """Refuse a call; kept too, since threads of builds keep what is raised in them to themselves."""
+        if not condition:
+            self.refused.append(why)
+            raise AssertionError(why)
 
     def join(self, key: object, size: int, rank: int) -> Handle:
         with self.lock:
@@ -58,6 +66,7 @@ class LibraryDouble:
     def __init__(self, world: World, abilities: NativeAbilities) -> None:
         self.abilities = abilities
         self.handles: list[Handle] = []
+        self.calls: list[str] = []
         self._world = world
 
     def unique_id(self, parent: Handle | None) -> bytes:
@@ -66,12 +75,18 @@ class LibraryDouble:
             self._check(parent)
         with self._world.lock:
             self._world.identities += 1
-            return self._world.identities.to_bytes(16, "little")
+            identity = self._world.identities.to_bytes(16, "little")
+            if parent is not None:
+                self._world.for_growth.add(identity)
+            return identity
 
     def init_rank(self, size: int, rank: int, unique_id: bytes) -> Handle:
+        self.calls.append("init")
+        self._world.require(unique_id not in self._world.for_growth, "a unique id to grow with is none to init with")
         return self._made(self._world.join(unique_id, size, rank))
 
     def shrink(self, parent: Handle, excluded: tuple[int, ...], *, abort_in_flight: bool) -> Handle:
+        self.calls.append("shrink")
         assert self.abilities.shrink
         self._check(parent)
         assert parent.rank not in excluded
@@ -81,15 +96,18 @@ class LibraryDouble:
         return self._made(self._world.join(key, parent.party.size - len(excluded), rank))
 
     def revoke(self, communicator: Handle) -> None:
+        self.calls.append("revoke")
         assert self.abilities.revoke
         self._check(communicator)
         communicator.revoked = True
 
     def grow(self, parent: Handle | None, size: int, rank: int | None, unique_id: bytes | None) -> Handle:
+        self.calls.append("grow")
         assert self.abilities.grow
         if parent is None:
             assert rank is not None
             assert unique_id is not None
+            self._world.require(unique_id in self._world.for_growth, "a unique id to init with is none to grow with")
             return self._made(self._world.join(unique_id, size, rank))
         self._check(parent)
         assert rank is None, "members keep theirs"
@@ -104,6 +122,7 @@ class LibraryDouble:
             return len(communicator.party.called) < communicator.party.size
 
     def abort(self, communicator: Handle) -> None:
+        self.calls.append("abort")
         self._check(communicator)
         communicator.aborted = True
 
@@ -132,4 +151,4 @@ class LibraryDouble:
         return handle
 
     def _check(self, communicator: Handle) -> None:
-        assert not communicator.aborted, "nothing is called on a communicator that was aborted"
+        self._world.require(not communicator.aborted, "nothing is called on a communicator that was aborted")

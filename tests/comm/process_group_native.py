@@ -151,6 +151,9 @@ def steps_over_a_loss(place: Place, factory: NativeFactory | NativeEditor) -> st
             try:
                 found = run_step(place, hybrid, step, dies=place.rank == 1 and step == place.arguments["dies_at"])
             except EpochChanged:
+                if place.arguments.get("too_early"):
+                    hybrid.rearm()
+                    assert not hybrid.built(time.monotonic()), "not before the members are agreed on"
                 group.reconfigure()
                 hybrid.rearm()
                 continue

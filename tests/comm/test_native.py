@@ -28,6 +28,11 @@ def test_sums_are_right_over_the_swap_and_over_a_loss(native_nursery: Nursery, t
         assert ways[4] == "N"
 
 
+def test_nothing_is_built_before_the_members_are_agreed_on(native_nursery: Nursery, tmp_path: Path) -> None:
+    found = native_nursery.run("edit_and_lose", 4, tmp_path, killed=(1,), dies_at=5, too_early=True)
+    assert [shrunk for _, shrunk in found.values()] == [0, 0, 0], "all ranks have dropped theirs"
+
+
 @pytest.mark.parametrize(("dies_at", "shrinks"), [(1, {0, 1}), (5, {1})])
 def test_a_native_communicator_is_edited_after_a_loss(
     native_nursery: Nursery, tmp_path: Path, dies_at: int, shrinks: set[int]
