@@ -13,6 +13,7 @@ from elaswave.comm.operators import combine_of
 from elaswave.core.grid_sum import GridOperation, GroupSum, HandOver, Tell, grid_sum
 from elaswave.core.ids import WorkerId
 from elaswave.core.native_groups import grid_rows
+from elaswave.errors import PeerError
 
 DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 """What can be summed."""
@@ -40,7 +41,7 @@ class GridGroup:
         self._natives: dict[tuple[WorkerId, ...], NativeCommunicator] = {}
         self._last: dict[tuple[WorkerId, ...], tuple[int, int, int]] = {}  # operations, and elements, dtype of the last
         self._ready = False
-        self._attempts = 0
+        self._epoch = self._attempt = -1
 
     @property
     def is_native(self) -> bool:
@@ -51,12 +52,16 @@ class GridGroup:
         """Build a grid of the members as they are now, behind the training; every rank calls it."""
         self.close()
         communicator = self._group.communicator
-        members, width = communicator.members, communicator.size // grid_rows(communicator.size)
+        try:
+            epoch, members = self._group.endpoint.membership(communicator)
+        except PeerError:
+            return  # the next operation raises it too, and then this is called again
+        width = len(members) // grid_rows(len(members))
         self._grid = [tuple(members[start : start + width]) for start in range(0, len(members), width)]
-        self._attempts += 1
+        self._epoch, self._attempt = epoch, self._attempt + 1 if epoch == self._epoch else 0
         for number, line in enumerate(self._all_lines()):
             if communicator.me in line:
-                name = f"{self._name}/{communicator.epoch}/{self._attempts}/{number}"
+                name = f"{self._name}/{epoch}/{self._attempt}/{number}"
                 self._lines[line] = self._build(name, line)
 
     def _build(self, name: str, line: tuple[WorkerId, ...]) -> Build:

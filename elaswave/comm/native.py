@@ -193,8 +193,8 @@ class HybridGroup:
         self.close()
         self._members, self._epoch, self._attempt = change.after, epoch, attempt
         name = f"{self._name}/{epoch}/{attempt}"
-        factory, communicator = self._factory, self._group.communicator
-        me, rank, size = communicator.me, communicator.rank, len(change.after)
+        factory, me = self._factory, self._group.communicator.me
+        rank, size = change.after.index(me), len(change.after)
 
         def make(cancelled: threading.Event) -> NativeCommunicator:
             if isinstance(factory, NativeEditor):
