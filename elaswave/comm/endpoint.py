@@ -262,6 +262,7 @@ class Endpoint:
                 self._mailboxes[communicator.identity].arrived(
                     self.me, communicator.epoch, tag, tensor.clone().view(torch.uint8)
                 )
+                self._inbox.put(Woken())
                 return
         self._send(member, MESSAGE, meta, tensor, copy=True)
 
@@ -366,6 +367,9 @@ class Endpoint:
             now = time.monotonic()
             for communicator in self._communicators.values():
                 communicator.expire(now)
+        if items:
+            with self._changed:
+                self._changed.notify_all()  # what another thread waits for need not be an operation
         try:
             for item in items:
                 self._tell(item)
