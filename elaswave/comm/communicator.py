@@ -285,19 +285,24 @@ class Communicator:
     # ------------------------------------------------------------------ deadlines
 
     def expire(self, now: float) -> None:
-        """Fail what has waited beyond its deadline."""
-        current = self._current() or (self._queue[0] if self._queue else None)
-        if current is None or now < current.deadline:
+        """Fail what has waited beyond its deadline, and with it all that is under way."""
+        late = self._first_due()
+        if late is None or now < late.deadline:
             return
-        awaited = current.awaited
+        current = self._current()
+        awaited = None if current is None else current.awaited
         member = None if awaited is None else self.members[awaited.rank]
         whom = "an edit" if awaited is None else f"rank {awaited.rank} (worker {member})"
-        self.fail(DeadlineExceeded(f"{current.name} of {self.name}: its timeout ended while it waited for {whom}"))
+        self.fail(DeadlineExceeded(f"{late.name} of {self.name}: its timeout ended while it waited for {whom}"))
 
     def earliest_deadline(self) -> float | None:
         """When something has to be expired."""
-        current = self._current() or (self._queue[0] if self._queue else None)
-        return None if current is None else current.deadline
+        first = self._first_due()
+        return None if first is None else first.deadline
+
+    def _first_due(self) -> Operation | None:
+        """Not always the oldest: timeouts differ. An agreement is as good as its own deadline, whatever waits for it."""
+        return self._agreement or min(self._queue, key=_deadline_of, default=None)
 
     # ------------------------------------------------------------------ edits
 
@@ -403,6 +408,10 @@ class Communicator:
         return EpochChanged(
             f"{self.name} changed: epoch {self.epoch}, {self.size} members; call reconfigure() and repeat the step"
         )
+
+
+def _deadline_of(operation: Operation) -> float:
+    return operation.deadline
 
 
 def _no_stake() -> int:

@@ -79,6 +79,7 @@ class Endpoint:
         self._departed: set[WorkerId] = set()
         self._state = threading.RLock()  # guards the communicators
         self._driving = threading.Lock()  # held by who waits on the inbox
+        self._until = 0.0  # then it looks at deadlines again
         self._changed = threading.Condition()
         self._followers = 0  # threads that wait while another one drives
         self._thread: threading.Thread | None = None
@@ -219,11 +220,19 @@ class Endpoint:
         """Start an operation; returns at once. Somebody has to wait for it, or `attend`."""
         with self._state:
             communicator.submit(operation)
-            in_memory = communicator.awaited_memory() is not None
-        if in_memory and self._driving.locked():
-            # Who drives may sleep until a message comes, and of this operation none ever does.
+            # Who drives may sleep until a message comes, and of an operation in memory none ever does.
+            unheard = communicator.awaited_memory() is not None or operation.deadline < self._until
+        if unheard and self._driving.locked():
             self._inbox.put(Woken())
         self._settle()
+
+    def limit(self, operation: Operation, deadline: float) -> None:
+        """Have an operation fail at `deadline` if it has not ended before. Any thread."""
+        with self._state:
+            if operation.finished or operation.deadline <= deadline:
+                return
+            operation.deadline = deadline
+        self._inbox.put(Woken())  # who drives may sleep beyond it
 
     def when_ended(self, operation: Operation, callback: Callback) -> None:
         """Call `callback` once the operation has ended, in the thread that drives then; at once if it has."""
@@ -351,7 +360,7 @@ class Endpoint:
         with self._state:
             limits = [found.earliest_deadline() for found in self._communicators.values()]
             memory = [found.awaited_memory() for found in self._communicators.values()]
-        until = min([deadline, *(limit for limit in limits if limit is not None)])
+            until = self._until = min([deadline, *(limit for limit in limits if limit is not None)])
         awaited = [found for found in memory if found is not None]
         if awaited:
             # Frames come in by the links' own thread meanwhile; among them the news that ends this wait for good.

@@ -55,7 +55,7 @@ class OperationWork(dist.Work):
         """Until all have ended; raises what the first failed one has failed with."""
         for operation in self._operations:
             if timeout is not None and timeout.total_seconds() > 0:
-                operation.deadline = min(operation.deadline, time.monotonic() + timeout.total_seconds())
+                self._endpoint.limit(operation, time.monotonic() + timeout.total_seconds())
             self._endpoint.wait(operation)
         return True
 
