@@ -4,8 +4,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -79,9 +79,10 @@ class Endpoint:
         self._departed: set[WorkerId] = set()
         self._state = threading.RLock()  # guards the communicators
         self._driving = threading.Lock()  # held by who waits on the inbox
+        self._driver = 0  # its thread
         self._until = 0.0  # then it looks at deadlines again
+        self._calls: deque[tuple[Callback, Operation]] = deque()  # of what has ended
         self._changed = threading.Condition()
-        self._followers = 0  # threads that wait while another one drives
         self._thread: threading.Thread | None = None
         self._failure: ElasWaveError | None = None
         self._closed = False
@@ -119,7 +120,7 @@ class Endpoint:
         self._inbox.put(PeerClosed(peer=peer, error=LinkClosed(f"worker {peer} left while it was still needed")))
 
     def close(self, deadline_s: float) -> None:
-        """End links and thread; whoever waits gets LinkClosed."""
+        """End links and thread; whoever waits gets LinkClosed, and futures of what is under way do. Any thread."""
         with self._changed:
             if self._closed:
                 return
@@ -127,10 +128,15 @@ class Endpoint:
             self._changed.notify_all()
         self._failure = self._failure or LinkClosed("the endpoint is closed")
         self._inbox.put(Woken())
+        self._fail_all(self._failure)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(deadline_s)
-        with self._driving:
+        held = self._driving.acquire(timeout=deadline_s)
+        try:
             self._links.close(deadline_s)
+        finally:
+            if held:
+                self._driving.release()
 
     def statistics(self) -> LinkStatistics:
         """Counts of the links."""
@@ -243,14 +249,10 @@ class Endpoint:
         callback(operation)
 
     def poll(self) -> None:
-        """Handle what is here without waiting, unless somebody drives anyway."""
-        if self._driving.acquire(blocking=False):
-            try:
+        """Handle what is here without waiting, unless another thread drives anyway."""
+        with self._seat() as mine:
+            if mine:
                 self._turn(time.monotonic())
-            finally:
-                self._driving.release()
-                with self._changed:
-                    self._changed.notify_all()
 
     def wake(self) -> None:
         """Have whoever drives look again at what it waits for. Any thread."""
@@ -325,28 +327,29 @@ class Endpoint:
         """Run everything until `is_done()`. Raises DeadlineExceeded, and what the links failed with."""
         while not is_done():
             self._check(deadline, what)
-            if not self._driving.acquire(blocking=False):
-                self._follow(is_done, deadline)
-                continue
-            try:
-                while not is_done():
+            with self._seat() as mine:
+                while mine and not is_done() and not self._calls:
                     self._check(deadline, what)
                     self._turn(deadline)
-            finally:
-                self._driving.release()
-                with self._changed:
-                    self._changed.notify_all()
-
-    def _follow(self, is_done: Callable[[], bool], deadline: float) -> None:
-        """Wait until something has changed, or nobody drives any more."""
-        with self._changed:
-            # Counted before the look: who drives changes something first, and looks for followers then.
-            self._followers += 1
-            try:
-                if self._driving.locked() and not is_done():
+            with self._changed:
+                if not mine and self._driving.locked() and not is_done():
                     self._changed.wait(max(0.0, deadline - time.monotonic()))
-            finally:
-                self._followers -= 1
+
+    @contextmanager
+    def _seat(self) -> Iterator[bool]:
+        """Whether this thread is the one to drive meanwhile. Callbacks are called at its end, whatever ends it."""
+        if not self._driving.acquire(blocking=False):
+            yield False
+            return
+        self._driver = threading.get_ident()
+        try:
+            yield True
+        finally:
+            self._driver = 0
+            self._driving.release()
+            with self._changed:
+                self._changed.notify_all()
+            self._call()
 
     def _check(self, deadline: float, what: str) -> None:
         if self._failure is not None:
@@ -355,7 +358,7 @@ class Endpoint:
             raise DeadlineExceeded(f"the timeout ended while {what} was awaited")
 
     def _turn(self, deadline: float) -> None:
-        """Wait for something and handle it. The driving lock is held."""
+        """Wait for something and handle it. This thread has the seat."""
         now = time.monotonic()
         with self._state:
             limits = [found.earliest_deadline() for found in self._communicators.values()]
@@ -436,25 +439,35 @@ class Endpoint:
 
     def _settle(self) -> None:
         """Tell whoever waits for operations that have ended."""
+        ended = False
         with self._state:
-            ended: list[Operation] = []
             for communicator in self._communicators.values():
-                if communicator.finished:
-                    ended += communicator.finished
-                    communicator.finished.clear()
-        if ended or self._followers:
+                for operation in communicator.finished:
+                    ended = True
+                    self._calls.extend((callback, operation) for callback in operation.callbacks)
+                communicator.finished.clear()
+        if ended:
             with self._changed:
                 self._changed.notify_all()
-        for operation in ended:
-            for callback in operation.callbacks:
-                callback(operation)
+        if self._driver != threading.get_ident():
+            self._call()
+
+    def _call(self) -> None:
+        """Call the callbacks of what has ended. Without the seat: they may wait for other operations."""
+        while self._calls:
+            try:
+                callback, operation = self._calls.popleft()
+            except IndexError:
+                return  # another thread was faster
+            callback(operation)
 
     # ------------------------------------------------------------------ what nobody waits for
 
     def attend(self) -> None:
         """Have a thread drive what is under way while nobody waits for it."""
         with self._changed:
-            if self._thread is None and not self._closed:
+            # Who asks for it in a callback may go on to wait for a future, of which that thread hears nothing.
+            if self._thread in (None, threading.current_thread()) and not self._closed:
                 # A daemon: a process that ends without close() must not hang in its exit.
                 self._thread = threading.Thread(target=self._run, name="elaswave-communicators", daemon=True)
                 self._thread.start()
@@ -462,13 +475,20 @@ class Endpoint:
 
     def _run(self) -> None:
         """Drive while something is under way and nobody else drives."""
+        me = threading.current_thread()
+
+        def is_over() -> bool:
+            return self._closed or self._thread is not me
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self._busy() and not self._driving.locked()))
-                if self._closed:
+                self._changed.wait_for(lambda: is_over() or (self._busy() and not self._driving.locked()))
+                if is_over():
                     return
             try:
-                self.drive(lambda: not self._busy(), time.monotonic() + 3600.0, "operations without a waiter")
+                self.drive(
+                    lambda: is_over() or not self._busy(), time.monotonic() + 3600.0, "operations without a waiter"
+                )
             except DeadlineExceeded:
                 continue  # of this drive; operations have deadlines of their own
             except ElasWaveError as error:

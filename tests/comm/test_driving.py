@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.operation import Operation
 from elaswave.comm.works import OperationWork, ReceiveWork
-from elaswave.errors import DeadlineExceeded
+from elaswave.errors import DeadlineExceeded, LinkClosed
 from tests.comm.test_endpoint import ARENAS, LIMIT_S, Gang, gang, is_asleep, sum_of_ones
 
 
@@ -93,3 +94,52 @@ def test_the_timeout_of_a_group_holds_while_another_thread_drives(tmp_path: Path
         with pytest.raises(DeadlineExceeded, match=r"rank 1 \(worker 1\)"):
             sum_of_ones(hasty[0])
         assert time.monotonic() - began < LIMIT_S / 2
+
+
+@pytest.mark.parametrize("arena_bytes", ARENAS)
+def test_a_callback_waits_for_operations_of_its_own(tmp_path: Path, arena_bytes: int) -> None:
+    """As DDP's PowerSGD hook does: the thread that calls it is the one that drives."""
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups(arena_bytes=arena_bytes)
+
+        def work(rank: int) -> list[float]:
+            group, endpoint = groups[rank], ranks.endpoints[rank]
+
+            def started() -> OperationWork:
+                tensor = torch.ones(5)
+                return OperationWork(endpoint, [group.all_reduce(tensor)], [tensor])
+
+            def again(ended: torch.futures.Future[list[torch.Tensor]]) -> float:
+                waited, polled, last = started(), started(), started()
+                waited.wait()
+                while not polled.is_completed():
+                    os.sched_yield()
+                return sum(float(found[0]) for found in (*ended.value(), *last.get_future().wait()))
+
+            futures = [started().get_future().then(again) for _ in range(3)]
+            return [future.wait() for future in futures]
+
+        assert ranks.on_all(work) == [[4.0] * 3] * 2
+
+
+def test_a_callback_closes_the_endpoint(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups()
+        endpoint = ranks.endpoints[0]
+        operation = groups[0].all_reduce(torch.ones(5))
+        endpoint.when_ended(operation, lambda _: endpoint.close(0.5))
+        ended = ranks.pool.submit(endpoint.wait, operation)
+        groups[1].all_reduce(torch.ones(5))
+        with pytest.raises(LinkClosed, match="is closed"):
+            ended.result(LIMIT_S / 2)
+            endpoint.drive(lambda: False, time.monotonic() + LIMIT_S, "nothing")
+
+
+def test_closing_ends_futures_that_nobody_waits_for(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        groups = ranks.groups()
+        ended: Future[Operation] = Future()
+        ranks.endpoints[0].when_ended(groups[0].all_reduce(torch.ones(5)), ended.set_result)
+        ranks.endpoints[0].close(0.5)
+        with pytest.raises(LinkClosed, match="is closed"):
+            ended.result(LIMIT_S / 2).raise_error()
