@@ -12,7 +12,7 @@ from elaswave.comm.collectives.composed import agreement, rotated
 from elaswave.comm.collectives.tree import tree_broadcast
 from elaswave.comm.operation import Operation
 from elaswave.core.ids import WorkerId
-from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, ProtocolError
+from elaswave.errors import ConfigError, DeadlineExceeded, ElasWaveError, EpochChanged, ProtocolError
 
 AGREEMENT = (1 << 64) - 1
 """Number of the one operation by which the members of a new epoch agree on the last one of the epoch before."""
@@ -97,9 +97,10 @@ class Communicator:
     @property
     def rank(self) -> int:
         """Of this process; raises EpochChanged where it was removed."""
-        if self.me not in self.members:
+        members = self.members  # another thread may edit meanwhile
+        if self.me not in members:
             raise EpochChanged(f"this process (worker {self.me}) was removed from {self.name} in epoch {self.epoch}")
-        return self.members.index(self.me)
+        return members.index(self.me)
 
     @property
     def size(self) -> int:
@@ -222,6 +223,9 @@ class Communicator:
         except ElasWaveError as error:
             self.fail(error)
             return False
+        except Exception as error:  # of torch; whoever happens to drive has nothing to do with it
+            self.fail(_refused(operation, self.name, error))
+            return False
 
     def depart(self, member: WorkerId) -> None:
         """It has left in order, and all that it had sent is here: it is missed only where more of it is awaited.
@@ -278,7 +282,10 @@ class Communicator:
         operation.awaited = None
         operation.collective.close()
         if operation.before_end is not None:
-            operation.before_end(operation)
+            try:
+                operation.before_end(operation)
+            except Exception as failed:  # of torch; whoever happens to drive has nothing to do with it
+                operation.error = _refused(operation, self.name, failed)
         operation.finished = True
         self.finished.append(operation)
 
@@ -301,7 +308,7 @@ class Communicator:
         return None if first is None else first.deadline
 
     def _first_due(self) -> Operation | None:
-        """Not always the oldest: timeouts differ. An agreement is as good as its own deadline, whatever waits for it."""
+        """Not always the oldest: timeouts differ. While members agree, only that has a deadline."""
         return self._agreement or min(self._queue, key=_deadline_of, default=None)
 
     # ------------------------------------------------------------------ edits
@@ -408,6 +415,12 @@ class Communicator:
         return EpochChanged(
             f"{self.name} changed: epoch {self.epoch}, {self.size} members; call reconfigure() and repeat the step"
         )
+
+
+def _refused(operation: Operation, where: str, error: Exception) -> ConfigError:
+    refused = ConfigError(f"{operation.name} of {where} cannot work on these tensors: {error}")
+    refused.__cause__ = error
+    return refused
 
 
 def _deadline_of(operation: Operation) -> float:

@@ -105,7 +105,7 @@ class Group:
         if sum(tensor.nbytes for tensor in outputs) <= KEEP_LIMIT_BYTES and not self._sharing.wanted:
             return self._gather_kept(outputs, given)
         flats = [flat_of(tensor) for tensor in outputs]
-        flats[rank].copy_(given.reshape(-1))
+        flats[rank].copy_(given.detach().reshape(-1))
         collective = self._sharing.choose(
             lambda arenas: shared_all_gather(arenas, flats), lambda: grid_all_gather(rank, flats)
         )
@@ -117,7 +117,7 @@ class Group:
         lengths = [tensor.numel() for tensor in outputs]
         whole = whole_of(outputs)
         flats = split(whole, lengths)
-        flats[rank].copy_(given.reshape(-1))
+        flats[rank].copy_(given.detach().reshape(-1))
         small = whole.nbytes <= TREE_LIMIT_BYTES
         collective = tree_all_gather(rank, whole, lengths) if small else grid_all_gather(rank, flats)
         return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)), result=whole)
@@ -134,7 +134,7 @@ class Group:
     def reduce(self, tensor: Tensor, root: int, combine: Combine = add, finish: Finish | None = None) -> Operation:
         """`tensor` of the root becomes the combination over all ranks; elsewhere it stays."""
         rank, size = self._place()
-        flat = tensor.reshape(-1).clone()
+        flat = tensor.detach().reshape(-1).clone()
         collective = acknowledged(rank, size, reduce(rank, size, root, flat, combine))
         return self._start("reduce", collective, [(tensor, flat)] if rank == root else [], finish)
 
@@ -142,7 +142,7 @@ class Group:
         """`output` becomes `inputs[rank]` of the root; elsewhere `inputs` is empty."""
         rank, size = self._place()
         flat = flat_of(output)
-        given = [tensor.contiguous().view(-1) for tensor in inputs]
+        given = [flat_of(tensor) for tensor in inputs]
         collective = acknowledged(rank, size, direct_scatter(rank, root, given, flat))
         return self._start("scatter", collective, [(output, flat)])
 
@@ -150,14 +150,14 @@ class Group:
         """`outputs[r]` of the root becomes what rank r has given; elsewhere `outputs` is empty."""
         rank, size = self._place()
         flats = [flat_of(tensor) for tensor in outputs]
-        collective = acknowledged(rank, size, direct_gather(rank, root, given.contiguous().view(-1), flats))
+        collective = acknowledged(rank, size, direct_gather(rank, root, flat_of(given), flats))
         return self._start("gather", collective, list(zip(outputs, flats, strict=True)))
 
     def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Operation:
         """`outputs[r]` becomes `inputs[rank]` of rank r; lengths may differ."""
         rank, size = self._place()
         flats = [flat_of(tensor) for tensor in outputs]
-        given = [tensor.contiguous().view(-1) for tensor in inputs]
+        given = [flat_of(tensor) for tensor in inputs]
         collective = acknowledged(rank, size, direct_exchange(rank, given, flats))
         return self._start("all_to_all", collective, list(zip(outputs, flats, strict=True)))
 
@@ -190,7 +190,7 @@ class Group:
             if ended.error is None:
                 for tensor, flat in written:
                     if tensor.data_ptr() != flat.data_ptr():
-                        tensor.copy_(flat.view(tensor.shape))
+                        tensor.detach().copy_(flat.view(tensor.shape))
                 if finish is not None:
                     finish()
 

@@ -43,6 +43,7 @@ def average_over(operator: object, tensor: Tensor, size: int) -> Callable[[], ob
     """What turns the sum into a mean, where the operator asks for it."""
     if operator != dist.ReduceOp.AVG:
         return None
+    tensor = tensor.detach()  # done by another thread, in which gradients may be recorded
     fractions = tensor.is_floating_point() or tensor.is_complex()
     return lambda: tensor.div_(size) if fractions else tensor.copy_(tensor // size)
 

@@ -121,7 +121,7 @@ class ReceiveWork(dist.Work):
             flat = flat_of(self._tensor)
             self._source = self._group.endpoint.receive(self._group.communicator, self._awaited, flat, deadline)
             if flat.data_ptr() != self._tensor.data_ptr():
-                self._tensor.copy_(flat.view(self._tensor.shape))
+                self._tensor.detach().copy_(flat.view(self._tensor.shape))
         return True
 
     def is_completed(self) -> bool:
