@@ -177,21 +177,29 @@ class Endpoint:
         return found
 
     def drop(self, communicator: Communicator) -> None:
-        """Forget a communicator; what is under way in it fails with LinkClosed."""
+        """Forget a communicator; what is under way in it, and what is begun later, fails with LinkClosed."""
         with self._state:
-            if not communicator.idle:
-                communicator.fail(LinkClosed(f"the group {communicator.name} was destroyed while it was in use"))
+            if self._communicators.get(communicator.identity) is not communicator:
+                return
+            gone = LinkClosed(f"the group {communicator.name} was destroyed while it was in use")
+            communicator.fail(gone)
+            self._mailboxes[communicator.identity].close(gone)
         self._settle()
         self._inbox.put(Woken())  # who drives may wait for just this
         with self._state:
-            self._communicators.pop(communicator.identity, None)
-            self._mailboxes.pop(communicator.identity, None)
+            if self._communicators.get(communicator.identity) is communicator:
+                del self._communicators[communicator.identity], self._mailboxes[communicator.identity]
 
     def edit(
         self, communicator: Communicator, epoch: int, remove: Iterable[WorkerId], add: Iterable[WorkerId] = ()
     ) -> EditReport:
-        """Change members in place; the agreement on the last operation goes on while somebody drives. Any thread."""
+        """Change members in place; the agreement on the last operation goes on while somebody drives. Any thread.
+
+        Nothing happens where the communicator was dropped.
+        """
         with self._state:
+            if self._communicators.get(communicator.identity) is not communicator:
+                return EditReport(epoch=communicator.epoch, removed=(), added=())
             report = communicator.edit(epoch, remove, add, time.monotonic())
             self._mailboxes[communicator.identity].edited()
         self._settle()
@@ -289,11 +297,16 @@ class Endpoint:
 
     def is_here(self, communicator: Communicator, awaited: Awaited) -> bool:
         """Whether `receive` would return, or raise, at once."""
-        return self._mailboxes[communicator.identity].ready(awaited)
+        mailbox = self._mailboxes.get(communicator.identity)
+        return mailbox is None or mailbox.ready(awaited)
 
     def receive(self, communicator: Communicator, awaited: Awaited, like: Tensor, deadline: float) -> int:
         """Wait for the message, copy it into `like`, a flat tensor; returns the rank of its sender."""
-        mailbox = self._mailboxes[communicator.identity]
+        with self._state:
+            mailbox = self._mailboxes.get(communicator.identity)
+        if mailbox is None:
+            communicator.check()
+            raise LinkClosed(f"the group {communicator.name} was destroyed")
         member = awaited.member
         known = communicator.members
         whom = "any rank" if member not in known else f"rank {known.index(member)} (worker {member})"

@@ -252,7 +252,8 @@ def sum_natively(group: Group, native: NativeCommunicator, tensor: Tensor) -> No
             return
     except RuntimeError as error:
         _await_news(group, error)
-    raise EpochChanged("a member was lost: call reconfigure() and rearm(), and repeat the step")
+    lost = EpochChanged("a member was lost: call reconfigure() and rearm(), and repeat the step")
+    raise communicator.failure or lost
 
 
 def _await_news(group: Group, error: RuntimeError) -> None:

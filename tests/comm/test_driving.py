@@ -12,6 +12,7 @@ import torch
 from elaswave.comm.endpoint import Endpoint
 from elaswave.comm.operation import Operation
 from elaswave.comm.works import OperationWork, ReceiveWork
+from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, LinkClosed
 from tests.comm.test_endpoint import ARENAS, LIMIT_S, Gang, gang, is_asleep, sum_of_ones
 
@@ -143,3 +144,27 @@ def test_closing_ends_futures_that_nobody_waits_for(tmp_path: Path) -> None:
         ranks.endpoints[0].close(0.5)
         with pytest.raises(LinkClosed, match="is closed"):
             ended.result(LIMIT_S / 2).raise_error()
+
+
+def test_dropping_a_communicator_ends_a_receive_of_another_thread_and_what_is_begun_later(tmp_path: Path) -> None:
+    with gang(tmp_path, 2) as ranks:
+        group, other = ranks.groups()[0], ranks.groups("other")
+        tensor = torch.zeros(())
+        work = ReceiveWork(group, 1, 0, tensor)
+        taken = receiving(ranks, work, tensor)
+        until_asleep(group.endpoint)
+        group.endpoint.drop(group.communicator)
+        with pytest.raises(LinkClosed, match="the group all was destroyed"):
+            taken.result(LIMIT_S / 2)
+        calls = (
+            lambda: group.endpoint.wait(group.all_reduce(torch.ones(5))),
+            lambda: group.endpoint.send(group.communicator, 1, 0, torch.ones(1)),
+            lambda: ReceiveWork(group, 1, 0, tensor),
+            work.wait,
+        )
+        for call in calls:
+            with pytest.raises(LinkClosed, match="the group all was destroyed"):
+                call()
+        group.endpoint.edit(group.communicator, 1, (WorkerId(1),))
+        assert group.communicator.epoch == 0
+        assert ranks.on_all(lambda rank: sum_of_ones(other[rank])) == [2.0, 2.0]
