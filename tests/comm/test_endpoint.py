@@ -288,41 +288,6 @@ def test_collectives_of_all_sizes_give_what_all_ranks_have_given(tmp_path: Path,
         made.on_all(work)
 
 
-def test_who_waits_for_a_message_hears_of_it_while_another_thread_drives(tmp_path: Path) -> None:
-    with gang(tmp_path, 2) as ranks:
-        first, second = ranks.endpoints
-        here, there = (endpoint.communicator("all", ranks.members) for endpoint in ranks.endpoints)
-        awaited = first.expect(here, 1, tag=7)
-        driven = threading.Event()
-        release = threading.Event()
-
-        def look() -> bool:
-            driven.set()
-            return release.is_set()
-
-        driver = ranks.pool.submit(first.drive, look, time.monotonic() + LIMIT_S, "nothing")
-        assert driven.wait(LIMIT_S)
-        found = torch.zeros(3)
-        with ThreadPoolExecutor(1) as other:
-            receiver = other.submit(first.receive, here, awaited, found, time.monotonic() + LIMIT_S)
-            until(lambda: first._followers == 1)
-            second.send(there, 0, 7, torch.ones(3))
-            try:
-                assert receiver.result(LIMIT_S / 2) == 1
-            finally:
-                release.set()
-                first.wake()
-        driver.result(LIMIT_S)
-        assert found.tolist() == [1.0] * 3
-
-
-def until(is_done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not is_done():
-        assert time.monotonic() < deadline
-        os.sched_yield()
-
-
 def test_last_words_of_destroyed_groups_do_not_keep_out_what_a_new_group_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
