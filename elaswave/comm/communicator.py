@@ -35,6 +35,9 @@ Transmit = Callable[[WorkerId, "Communicator", int, Tensor], None]
 Missed = Callable[[WorkerId], None]
 """Told of a member that has left in order while more of it is awaited."""
 
+Watch = Callable[[WorkerId], None]
+"""Told of a member that sends next: its end has to be noticed, although nothing may ever have been sent to it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditReport:
@@ -62,6 +65,7 @@ class Communicator:
         transmit: Transmit,
         agree_s: float,
         missed: Missed | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """identity: the same on all members, different for other communicators. agree_s: seconds for an agreement."""
         self.name = name
@@ -80,6 +84,7 @@ class Communicator:
         self.stale_frames = 0
         self._transmit = transmit
         self._missed = missed
+        self._watch = watch
         self._departed: set[WorkerId] = set()
         self._agree_s = agree_s
         self._queue: deque[Operation] = deque()
@@ -211,6 +216,8 @@ class Communicator:
                         answer = self._take(operation.number, command)
                         if answer is None:
                             operation.awaited = command
+                            if self._watch is not None:
+                                self._watch(self.members[command.rank])
                             self._check_departed(operation)
                             return False
                     case Await():

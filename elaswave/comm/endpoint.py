@@ -77,6 +77,7 @@ class Endpoint:
         self._mailboxes: dict[int, Mailbox] = {}
         self._late: deque[Received] = deque(maxlen=LATE_STORE_LIMIT)
         self._departed: set[WorkerId] = set()
+        self._watched: set[WorkerId] = set()
         self._state = threading.RLock()  # guards the communicators
         self._driving = threading.Lock()  # held by who waits on the inbox
         self._driver = 0  # its thread
@@ -106,6 +107,7 @@ class Endpoint:
     def forget(self, peer: WorkerId) -> None:
         """Close the links with a peer without a report."""
         self._links.forget(peer)
+        self._watched.discard(peer)
 
     def depart(self, peer: WorkerId) -> None:
         """It has left in order. `on_lost` is called once something is awaited of it that has not come."""
@@ -115,6 +117,12 @@ class Endpoint:
                 communicator.depart(peer)
                 if self._mailboxes[identity].misses(self._departed):
                     self._missed(peer)
+
+    def _watch(self, peer: WorkerId) -> None:
+        if peer not in self._watched:
+            self._watched.add(peer)
+            with suppress(LinkClosed):  # it is about to be removed
+                self._links.watch(peer)
 
     def _missed(self, peer: WorkerId) -> None:
         self._inbox.put(PeerClosed(peer=peer, error=LinkClosed(f"worker {peer} left while it was still needed")))
@@ -163,6 +171,7 @@ class Endpoint:
                 transmit=self._transmit,
                 agree_s=self._options.agree_s,
                 missed=self._missed,
+                watch=self._watch,
             )
             self._communicators[identity] = found
             self._mailboxes[identity] = Mailbox(found)
@@ -291,6 +300,9 @@ class Endpoint:
             communicator.check()
             mailbox = self._mailboxes[communicator.identity]
             awaited = mailbox.expect(rank, tag)
+            senders = communicator.members if awaited.member is None else (awaited.member,)
+            for peer in senders if awaited.payload is None else ():
+                self._watch(peer)
             for peer in mailbox.misses(self._departed):
                 self._missed(peer)
         return awaited
@@ -447,7 +459,7 @@ class Endpoint:
             self._malformed(frame.peer, error)
 
     def _malformed(self, peer: WorkerId, error: Exception) -> None:
-        self._links.forget(peer)
+        self.forget(peer)
         self._inbox.put(PeerClosed(peer=peer, error=ProtocolError(f"malformed frame: {error}")))
 
     def _settle(self) -> None:

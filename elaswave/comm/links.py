@@ -133,6 +133,15 @@ class Links:
             self._board.loop.call_soon(partial(self._board.dial, outgoing))
         self._board.sent.add(kind, HEADER_BYTES + len(meta) + payload_bytes)
 
+    def watch(self, peer: WorkerId) -> None:
+        """Have the end of `peer` reported although nothing is sent to it: dial it, unless one has dialled the other.
+
+        Raises LinkClosed as `send` does.
+        """
+        if self._outgoing.get(peer) is None:
+            outgoing = self._open(peer)
+            self._board.loop.call_soon(partial(self._board.watch, outgoing))
+
     def memory(self, nbytes: int) -> NDArray[np.uint8]:
         """Memory at a multiple of 64, not cleared, from which payloads are sent without a copy where that is possible.
 

@@ -72,6 +72,11 @@ class Switchboard:
             self._outgoing.add(outgoing)
             outgoing.dial()
 
+    def watch(self, outgoing: Outgoing) -> None:
+        """Connect if the peer has not."""
+        if outgoing.peer not in self._incoming:
+            self.dial(outgoing)
+
     def forget(self, peer: WorkerId, outgoing: Outgoing | None, *, goodbye: bool) -> None:
         """Close what there is with `peer`, without a report. `outgoing.queue` is closed already."""
         if outgoing is not None:

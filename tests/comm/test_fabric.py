@@ -18,8 +18,9 @@ from elaswave.comm.endpoint import NOTICE
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.group import Group
 from elaswave.comm.inbox import PeerClosed
+from elaswave.comm.works import ReceiveWork
 from elaswave.core.ids import WorkerId
-from elaswave.errors import LinkClosed
+from elaswave.errors import EpochChanged, LinkClosed
 
 MEMBERS = tuple(WorkerId(rank) for rank in range(6))
 LIMIT_S = 30.0
@@ -66,6 +67,40 @@ class Gang:
         fabric.endpoint.drive(lambda: fabric.broken, time.monotonic() + LIMIT_S, "news of the loss")
         fabric.reconfigure()
         return self.sum_of_ones(worker)
+
+
+@pytest.mark.parametrize("call", ["all_reduce", "all_reduce in memory", "reduce", "recv", "recv of any"])
+def test_a_rank_that_ends_before_anything_was_sent_is_missed(call: str) -> None:
+    """Of those that wait for it nobody has a link with it."""
+    lost, limit = MEMBERS[-1], timedelta(seconds=LIMIT_S)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(len(MEMBERS)) as pool:
+        fabrics = list(pool.map(lambda worker: Fabric(store, worker, len(MEMBERS), limit), MEMBERS))
+        arena_bytes = 1 << 18 if call == "all_reduce in memory" else 0
+
+        def begin(worker: WorkerId) -> None:
+            fabric = fabrics[worker]
+            group = Group(fabric.endpoint, fabric.communicator("all", MEMBERS), LIMIT_S, arena_bytes=arena_bytes)
+            if worker == lost:
+                return
+            began = time.monotonic()
+            with pytest.raises(EpochChanged):
+                if call.startswith("recv"):
+                    ReceiveWork(group, None if call == "recv of any" else lost, 0, torch.empty(5)).wait()
+                elif call == "reduce":
+                    fabric.endpoint.wait(group.reduce(torch.ones(5), 0))
+                else:
+                    fabric.endpoint.wait(group.all_reduce(torch.ones(5)))
+            fabric.reconfigure()
+            assert group.communicator.members == MEMBERS[:-1]
+            assert time.monotonic() - began < LIMIT_S / 2
+
+        try:
+            fabrics[lost].endpoint._links.close(0.0)
+            for found in [pool.submit(begin, worker) for worker in MEMBERS]:
+                found.result(2 * LIMIT_S)
+        finally:
+            list(pool.map(Fabric.close, fabrics))
 
 
 @pytest.fixture
