@@ -9,6 +9,7 @@ import struct
 from contextlib import closing
 from dataclasses import dataclass
 
+from elaswave.comm.tls import TlsFiles
 from elaswave.errors import ConfigError
 
 UNIX_PATH_LIMIT_BYTES = 107  # sockaddr_un.sun_path without its final zero
@@ -35,6 +36,9 @@ class LinkOptions:
 
     checksums: bool = False
     """Each frame carries a CRC-32 of itself. All workers of a job set it alike; payloads in shared memory have none."""
+
+    tls: TlsFiles | None = None
+    """TCP is TLS 1.3, and both sides show a certificate of the authority. All workers of a job set it alike."""
 
     hello_limit_s: float = 10.0
     """A dial is given up, and an accepted connection dropped, that has not finished its hello by then."""

@@ -13,10 +13,12 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Protocol
 
+from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
+from elaswave.comm.tls import files_from_environment
 from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed
 
@@ -58,7 +60,8 @@ class Fabric:
         self._neighbours: set[WorkerId] = set()  # processes of this host that share memory
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._addresses: dict[WorkerId, str] = {}
-        token, options = self._token(rank), EndpointOptions(agree_s=self._timeout_s)
+        links = LinkOptions(tls=files_from_environment(os.environ))
+        token, options = self._token(rank), EndpointOptions(agree_s=self._timeout_s, links=links)
         self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed, options=options)
         self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         try:

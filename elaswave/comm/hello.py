@@ -5,7 +5,7 @@
     listener -> dialler   welcome    magic, version, verdict, proof (zeros unless the verdict is 0)        40 bytes
 
 A proof is HMAC-SHA256 keyed by the token over a label (its direction), both nonces, sender and receiver, so neither
-can be replayed or reflected. Nothing after the hello is encrypted or signed.
+can be replayed or reflected. Nothing after the hello is encrypted or signed here: that is what TLS below is for.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from elaswave.errors import ProtocolError
 
 MAGIC = b"EWLK"
 VERSION = 1
+TLS_HANDSHAKE = b"\x16\x03"
 NONCE_BYTES = 32
 WORKER_LIMIT = 1 << 64
 _PROOF_BYTES = hashlib.sha256().digest_size
@@ -68,6 +69,8 @@ class Ends:
 
 
 def _check_head(what: str, magic: bytes, version: int) -> None:
+    if magic[:2] == TLS_HANDSHAKE:
+        raise HelloRefused(f"{what} is a TLS handshake: set LinkOptions.tls on all workers, or on none")
     if magic != MAGIC:
         raise HelloRefused(f"{what} starts with {magic!r}, not with {MAGIC!r}: not a link of ElasWave")
     if version != VERSION:

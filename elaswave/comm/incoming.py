@@ -3,15 +3,19 @@
 import errno
 import os
 import socket
+import ssl
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count as numbers
 from typing import Protocol
 
 from elaswave.comm import hello
 from elaswave.comm.addresses import LinkOptions, tune_tcp
 from elaswave.comm.frames import FrameReader, encode_goodbye
 from elaswave.comm.loop import Loop
-from elaswave.comm.sending import QUIET
+from elaswave.comm.sending import QUIET, WRITABLE
+from elaswave.comm.tls import TlsContexts, TlsRefused, TlsSocket, explain, held_bytes
 from elaswave.core.ids import WorkerId
 from elaswave.errors import LinkClosed, PeerError
 
@@ -21,6 +25,7 @@ READS_PER_TURN = 16
 # A dead peer's last frames are read to the end before its death is reported, a live one's only so far.
 READS_AT_END = 1024
 ACCEPT_PAUSE_S = 0.1
+REFUSED_BYTES = 16 << 10  # more than the first message of TLS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +72,13 @@ class Incoming:
     def _read(self, reads: int, *, to_the_end: bool) -> Ending | None:
         reader = self._reader
         try:
-            for _ in range(reads):
+            for number in numbers():
                 buffer = reader.buffer()
+                if number >= reads:  # what TLS holds, the loop does not tell of again
+                    held = held_bytes(self._socket)
+                    if not held:
+                        return None
+                    buffer = buffer[:held]
                 count = self._socket.recv_into(buffer)
                 if not count:
                     return self._hung_up()
@@ -112,9 +122,13 @@ class Greeting:
         self.nonce = nonce
         self.data = b""
         self._listener = listener
+        self._secured = not isinstance(opened, TlsSocket)
 
     def on_event(self, events: int) -> None:
-        """Take what has come of the hello."""
+        """Shake hands where that is TLS, then take what has come of the hello."""
+        if not self._secured and isinstance(self.opened, TlsSocket):
+            self._secure(self.opened)
+            return
         try:
             part = self.opened.recv(hello.HELLO_BYTES - len(self.data))
         except BlockingIOError:
@@ -124,6 +138,22 @@ class Greeting:
         self.data += part
         if not part or len(self.data) == hello.HELLO_BYTES:
             self._listener.heard(self)
+
+    def _secure(self, opened: TlsSocket) -> None:
+        try:
+            self._secured = opened.handshake()
+        except BlockingIOError:
+            self._listener.awaits(self, QUIET)
+        except OSError as error:
+            self._listener.insecure(self, error)
+        else:
+            self._listener.awaits(self, QUIET if self._secured else WRITABLE)
+            if self._secured:
+                self.challenge()
+
+    def challenge(self) -> None:
+        """Say the first message."""
+        say(self.opened, hello.encode_challenge(self.nonce))
 
 
 class Listener:
@@ -138,6 +168,7 @@ class Listener:
         loop: Loop,
         owner: IncomingOwner,
         options: LinkOptions,
+        tls: TlsContexts | None = None,
     ) -> None:
         self._socket = opened
         self._me = me
@@ -145,6 +176,7 @@ class Listener:
         self._loop = loop
         self._owner = owner
         self._options = options
+        self._tls = tls
         self._greetings: set[Greeting] = set()
         self._closed = False
 
@@ -184,15 +216,33 @@ class Listener:
         opened.setblocking(False)
         if opened.family != socket.AF_UNIX:
             tune_tcp(opened, self._options)
+        if self._tls is not None:
+            try:
+                opened = self._tls.wrap(opened, listens=True)
+            except OSError:  # it has hung up already
+                opened.close()
+                return
         greeting = Greeting(opened, self, os.urandom(hello.NONCE_BYTES))
         self._loop.watch(opened, greeting, QUIET)
         self._greetings.add(greeting)
-        say(opened, hello.encode_challenge(greeting.nonce))
+        if self._tls is None:
+            greeting.challenge()
         self._loop.call_at(time.monotonic() + self._options.hello_limit_s, lambda: self._give_up(greeting))
 
     def _give_up(self, greeting: Greeting) -> None:
         if greeting in self._greetings:
             self._drop(greeting, LinkClosed(f"a connection sent no hello within {self._options.hello_limit_s} s"))
+
+    def awaits(self, greeting: Greeting, events: int) -> None:
+        """Its handshake goes on with these events."""
+        self._loop.rearm(greeting.opened, events)
+
+    def insecure(self, greeting: Greeting, error: OSError) -> None:
+        """Its handshake failed, or it hung up."""
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            self._drop(greeting, TlsRefused(f"no TLS with who dialled: {explain(error)}"))
+        else:
+            self._drop(greeting, LinkClosed(f"a connection ended during its TLS handshake: {error.strerror}"))
 
     def _drop(self, greeting: Greeting, error: PeerError | None) -> None:
         self._greetings.discard(greeting)
@@ -210,6 +260,7 @@ class Listener:
             ends = hello.read_hello(greeting.data, token=self._token, me=self._me, listener_nonce=greeting.nonce)
         except hello.HelloRefused as error:
             say(greeting.opened, error.answer)
+            self._read_up(greeting.opened)
             self._drop(greeting, error)
             return
         if not say(greeting.opened, hello.encode_welcome(ends)):
@@ -217,6 +268,11 @@ class Listener:
             return
         self._greetings.discard(greeting)
         self._owner.welcomed(ends.sender, greeting.opened)
+
+    def _read_up(self, opened: socket.socket) -> None:
+        """What lies there unread would make the kernel reset the connection, and the peer lose what we have said."""
+        with suppress(OSError):
+            opened.recv(REFUSED_BYTES)
 
     def close(self) -> None:
         """Stop listening and drop who has not proven itself."""

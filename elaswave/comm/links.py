@@ -19,6 +19,7 @@ from elaswave.comm.outgoing import Outgoing
 from elaswave.comm.shared_payloads import PayloadPool
 from elaswave.comm.statistics import LinkStatistics
 from elaswave.comm.switchboard import Switchboard
+from elaswave.comm.tls import TlsContexts
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, DeadlineExceeded, InvariantError, LinkClosed
 
@@ -59,6 +60,7 @@ class Links:
         self._token = token
         self._limit = payload_limit_bytes
         self._options = options if options is not None else LinkOptions()
+        self._tls = TlsContexts(self._options.tls) if self._options.tls is not None else None
         self._lock = threading.Lock()  # guards the next five
         self._addresses: dict[WorkerId, LinkAddress] = {}
         self._outgoing: dict[WorkerId, Outgoing] = {}
@@ -79,12 +81,20 @@ class Links:
     def listen(self, address: str) -> str:
         """Accept peers at "unix:PATH" or "tcp:HOST:PORT" (port 0: any); returns the address to give to them.
 
-        Raises ConfigError if that is in use, too long or not of this machine.
+        Raises ConfigError if that is in use, too long or not of this machine, or if a file of TLS will not do.
         """
         parsed = parse_address(address)
+        if self._tls is not None:
+            self._tls.load()
         opened, given = open_listener(parsed, self._options)
         listener = Listener(
-            opened, me=self._me, token=self._token, loop=self._board.loop, owner=self._board, options=self._options
+            opened,
+            me=self._me,
+            token=self._token,
+            loop=self._board.loop,
+            owner=self._board,
+            options=self._options,
+            tls=None if isinstance(parsed, UnixAddress) else self._tls,
         )
         with self._lock:
             if isinstance(parsed, UnixAddress):
@@ -93,7 +103,9 @@ class Links:
         return given
 
     def start(self) -> None:
-        """Start the I/O thread."""
+        """Start the I/O thread. Raises ConfigError if a file of TLS will not do."""
+        if self._tls is not None:
+            self._tls.load()
         with self._lock:
             if self._started or self._closed:
                 raise InvariantError("links are started once, and before they are closed")
@@ -176,6 +188,7 @@ class Links:
                     loop=self._board.loop,
                     owner=self._board,
                     options=self._options,
+                    tls=self._tls,
                 )
             return outgoing
 

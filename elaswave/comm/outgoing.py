@@ -4,6 +4,7 @@ import errno
 import os
 import select
 import socket
+import ssl
 import time
 from enum import Enum
 from typing import Protocol
@@ -13,7 +14,8 @@ from elaswave.comm.addresses import LinkAddress, LinkOptions, UnixAddress, open_
 from elaswave.comm.frames import HEADER_BYTES, encode_goodbye
 from elaswave.comm.incoming import Ending, say
 from elaswave.comm.loop import Loop
-from elaswave.comm.sending import QUIET, SendQueue
+from elaswave.comm.sending import QUIET, WRITABLE, SendQueue
+from elaswave.comm.tls import TlsContexts, TlsRefused, TlsSocket, explain
 from elaswave.core.ids import WorkerId
 from elaswave.errors import LinkClosed, PeerError, ProtocolError
 
@@ -36,10 +38,14 @@ class OutgoingOwner(Protocol):
 
 class _Stage(Enum):
     IDLE = "idle"
+    SECURING = "connects, and shakes hands as TLS"
     CHALLENGED = "awaits the challenge"
     GREETED = "awaits the welcome"
     UP = "up"
     CLOSED = "closed"
+
+
+_UNDER_WAY = (_Stage.SECURING, _Stage.CHALLENGED, _Stage.GREETED)
 
 
 class Outgoing:
@@ -55,6 +61,7 @@ class Outgoing:
         loop: Loop,
         owner: OutgoingOwner,
         options: LinkOptions,
+        tls: TlsContexts | None = None,
     ) -> None:
         self.peer = peer
         self._address = address
@@ -70,6 +77,7 @@ class Outgoing:
         self._loop = loop
         self._owner = owner
         self._options = options
+        self._tls = tls
         self._stage = _Stage.IDLE
         self._socket: socket.socket | None = None
         self._heard = b""
@@ -110,14 +118,15 @@ class Outgoing:
             self._failed(LinkClosed(f"cannot open a socket for worker {self.peer}: {error.strerror}"))
             return
         self._socket = opened
-        self._stage = _Stage.CHALLENGED
+        secures = self._tls is not None and not self.is_on_this_host
+        self._stage = _Stage.SECURING if secures else _Stage.CHALLENGED
         self._heard = b""
         code = opened.connect_ex(self._address.target)
         if code not in (0, errno.EINPROGRESS):
             self._failed(self._unreachable(code))
             return
-        # No EPOLLOUT: a connection that comes about brings the challenge, one that does not an error.
-        self._loop.watch(opened, self, QUIET)
+        # Without TLS no EPOLLOUT: a connection that comes about brings the challenge, one that does not an error.
+        self._loop.watch(opened, self, WRITABLE if secures else QUIET)
         dial = self._dials
         self._loop.call_at(time.monotonic() + self._options.hello_limit_s, lambda: self._give_up(dial))
 
@@ -126,13 +135,20 @@ class Outgoing:
         return LinkClosed(f"cannot reach worker {self.peer} at {self._address.target!r}: {cause}")
 
     def _give_up(self, dial: int) -> None:
-        if dial == self._dials and self._stage in (_Stage.CHALLENGED, _Stage.GREETED):
+        if dial == self._dials and self._stage in _UNDER_WAY:
             limit = self._options.hello_limit_s
-            self._failed(LinkClosed(f"worker {self.peer} at {self._address.target!r} gave no answer within {limit} s"))
+            untold = self._stage is _Stage.CHALLENGED and not self.is_on_this_host and self._tls is None
+            hint = ": perhaps it wants TLS (LinkOptions.tls)" if untold else ""
+            self._failed(
+                LinkClosed(f"worker {self.peer} at {self._address.target!r} gave no answer within {limit} s{hint}")
+            )
 
     def on_event(self, events: int) -> None:
         """Go on with the hello; once up, write what waits and watch for the hang-up."""
         if self._socket is None:
+            return
+        if self._stage is _Stage.SECURING:
+            self._secure(self._socket)
             return
         if self._stage is not _Stage.UP:
             self._greet(self._socket)
@@ -144,6 +160,35 @@ class Outgoing:
                 return
         if events & select.EPOLLOUT:
             self._write()
+
+    def _secure(self, opened: socket.socket) -> None:
+        """Connected, or failed to; then the handshake. A refusal of our certificate comes later, with the challenge."""
+        code = opened.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._failed(self._unreachable(code))
+            return
+        try:
+            if not isinstance(opened, TlsSocket) and self._tls is not None:
+                opened = self._socket = self._tls.wrap(opened, listens=False)
+            if not isinstance(opened, TlsSocket) or not opened.handshake():
+                return  # the loop tells when it is writable
+        except BlockingIOError:
+            self._loop.rearm(opened, QUIET)
+        except OSError as error:
+            self._broken(error)
+        else:
+            self._loop.rearm(opened, QUIET)
+            self._stage = _Stage.CHALLENGED
+
+    def _broken(self, error: OSError) -> None:
+        """A dial failed: TLS errors are a definite no, but for an end of the connection."""
+        if isinstance(error, ssl.SSLEOFError):
+            self._failed(self._unreachable(None))
+        elif isinstance(error, ssl.SSLError):
+            where = f"worker {self.peer} at {self._address.target!r}"
+            self._refused(TlsRefused(f"no TLS with {where}: {explain(error)}"))
+        else:
+            self._failed(self._unreachable(error.errno))
 
     def _write(self) -> None:
         try:
@@ -180,7 +225,7 @@ class Outgoing:
         except BlockingIOError:
             return
         except OSError as error:
-            self._failed(self._unreachable(error.errno))
+            self._broken(error)
             return
         if not part:
             self._failed(self._unreachable(None))
@@ -221,7 +266,7 @@ class Outgoing:
         self._loop.call_at(time.monotonic() + pause, self.redial)
         self._owner.dial_failed(self, error)
 
-    def _refused(self, error: hello.HelloRefused) -> None:
+    def _refused(self, error: ProtocolError) -> None:
         """A definite no, which another dial would not change: frames are dropped as with a broken connection."""
         self.reset()
         self._owner.dial_failed(self, error)
@@ -234,7 +279,7 @@ class Outgoing:
     def move(self, address: LinkAddress) -> None:
         """The peer listens elsewhere now: a dial under way, or its pause, is given up for another; a link stays."""
         self._address = address
-        if self._stage in (_Stage.CHALLENGED, _Stage.GREETED):
+        if self._stage in _UNDER_WAY:
             self._hang_up()
         self.redial()
 
