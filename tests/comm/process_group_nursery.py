@@ -27,6 +27,7 @@ from tests.comm import (  # noqa: F401 (they add to JOBS)
     process_group_jobs,
     process_group_native,
     process_group_steps,
+    process_group_tls,
     process_group_training,
 )
 from tests.comm.process_group_place import JOBS, Place
