@@ -20,7 +20,7 @@ from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
 from elaswave.comm.tls import files_from_environment
 from elaswave.core.ids import WorkerId
-from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed
+from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed, ProtocolError
 
 CLOSE_S = 5.0
 FOLDER_PREFIX = "elaswave-"
@@ -201,6 +201,9 @@ class Fabric:
 
     def _noticed(self, peer: WorkerId, content: bytes) -> None:
         roster = decode_roster(content)
+        unknown = {worker for worker, _ in roster.removed} - set(self._addresses)
+        if unknown:
+            raise ProtocolError(f"a roster of worker {peer} removes {sorted(unknown)}, which were never there")
         with self._lock:
             if roster.epoch > self._roster.epoch:
                 self._adopt(roster)
@@ -211,7 +214,7 @@ class Fabric:
         for worker in new:
             self.endpoint.forget(worker)
             self._clean_up_after(worker)
-        for communicator in self._origins:
+        for communicator in tuple(self._origins):
             self._apply(communicator)
 
     def _clean_up_after(self, worker: WorkerId) -> None:

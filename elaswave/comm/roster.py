@@ -56,9 +56,15 @@ def decode_roster(text: str | bytes) -> Roster:
     try:
         found = json.loads(text)
         removed = tuple((WorkerId(int(worker)), int(epoch)) for worker, epoch in found["removed"])
-        return Roster(epoch=int(found["epoch"]), removed=removed, writer=WorkerId(int(found["writer"])))
-    except (ValueError, KeyError, TypeError) as error:
+        roster = Roster(epoch=int(found["epoch"]), removed=removed, writer=WorkerId(int(found["writer"])))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"a roster cannot be read: {error}") from error
+    # Each epoch has removed somebody, and nobody is removed twice.
+    epochs = {epoch for _, epoch in removed}
+    whole = bool(epochs) and (min(epochs), max(epochs), len(epochs)) == (1, roster.epoch, roster.epoch)
+    if not whole or len(dict(removed)) < len(removed):
+        raise ProtocolError(f"a roster of epoch {roster.epoch} contradicts itself: it has removed {removed[:8]}")
+    return roster
 
 
 FIRST = Roster(epoch=0, removed=())

@@ -18,6 +18,7 @@ from elaswave.comm.endpoint import NOTICE
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.group import Group
 from elaswave.comm.inbox import PeerClosed
+from elaswave.comm.roster import FIRST
 from elaswave.comm.works import ReceiveWork
 from elaswave.core.ids import WorkerId
 from elaswave.errors import EpochChanged, LinkClosed
@@ -142,3 +143,10 @@ def test_a_rendezvous_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypat
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_roster_of_unknown_workers_takes_its_sender_for_broken(gang: Gang) -> None:
+    liar, *left = MEMBERS
+    roster = FIRST.without([WorkerId(77)], liar)
+    gang.fabrics[liar].endpoint.notify(left[0], roster.encode().encode())
+    assert gang.on(left, gang.recover) == dict.fromkeys(left, float(len(left)))
