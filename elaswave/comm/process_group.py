@@ -131,11 +131,14 @@ class ElasticProcessGroup(dist.ProcessGroup):
     def guard(self) -> Iterator[None]:
         """Raise EpochChanged where torch's C++ code has made another exception of it, as DDP's backward pass does.
 
-        The same for what else operations fail with, such as DeadlineExceeded.
+        The same for what else operations fail with, such as DeadlineExceeded, and where tensors were refused because
+        they were made for the ranks of before the loss.
         """
         try:
             yield
-        except ElasWaveError:
+        except ElasWaveError as error:
+            if isinstance(error, ConfigError) and self._fabric.broken and self._fabric.failure is None:
+                raise EpochChanged("a member was lost: call reconfigure() and repeat the step") from error
             raise
         except Exception as error:
             if self._fabric.failure is not None:
@@ -189,15 +192,13 @@ class ElasticProcessGroup(dist.ProcessGroup):
         return self.allgather(turned, inputs, opts)
 
     def _allgather_base(self, output: Tensor, given: Tensor, opts: object = None) -> dist.Work:
-        pieces = list(flat_view(output).chunk(self.size())) if output.numel() else [output] * self.size()
-        return self._works([self._group.all_gather(pieces, given)], [output], opts)
+        return self.allgather_into_tensor_coalesced([output], [given], opts)
 
     all_gather_single = _allgather_base
 
     def allgather_into_tensor_coalesced(self, outputs: Tensors, inputs: Tensors, opts: object = None) -> dist.Work:
-        operations = []
-        for output, given in zip(outputs, inputs, strict=True):
-            operations.append(self._group.all_gather(list(flat_view(output).chunk(self.size())), given))
+        pieces = [_equal_parts(flat_view(output), self.size()) for output in outputs]
+        operations = [self._group.all_gather(outs, given) for outs, given in zip(pieces, inputs, strict=True)]
         return self._works(operations, outputs, opts)
 
     all_gather_single_coalesced = allgather_into_tensor_coalesced
@@ -212,18 +213,14 @@ class ElasticProcessGroup(dist.ProcessGroup):
         return self._works(operations, outputs, opts)
 
     def _reduce_scatter_base(self, output: Tensor, given: Tensor, opts: object = None) -> dist.Work:
-        return self.reduce_scatter([output], [self._pieces(given)], opts)
+        return self.reduce_scatter_tensor_coalesced([output], [given], opts)
 
     reduce_scatter_single = _reduce_scatter_base
 
     def reduce_scatter_tensor_coalesced(self, outputs: Tensors, inputs: Tensors, opts: object = None) -> dist.Work:
-        return self.reduce_scatter(outputs, [self._pieces(given) for given in inputs], opts)
+        return self.reduce_scatter(outputs, [_equal_parts(flat_of(given), self.size()) for given in inputs], opts)
 
     reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
-
-    def _pieces(self, given: Tensor) -> list[Tensor]:
-        flat = flat_of(given)
-        return list(flat.chunk(self.size())) if flat.numel() else [flat] * self.size()
 
     def scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: "dist.ScatterOptions") -> dist.Work:
         mine = self.rank() == opts.rootRank
@@ -329,6 +326,15 @@ def flat_view(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
 
 
+def _equal_parts(flat: Tensor, count: int) -> list[Tensor]:
+    if flat.numel() % count:
+        raise ConfigError(
+            f"{flat.numel()} elements cannot be divided among {count} ranks: one side of an all-gather or "
+            "reduce-scatter of single tensors has to have as many as all ranks together"
+        )
+    return list(flat.split(flat.numel() // count)) if flat.numel() else [flat] * count
+
+
 def _rows(tensor: Tensor, sizes: list[int], count: int) -> list[Tensor]:
     """Parts by rows; `sizes` empty: equal ones."""
     if not sizes:
@@ -339,7 +345,10 @@ def _rows(tensor: Tensor, sizes: list[int], count: int) -> list[Tensor]:
 
 
 def _update_tables() -> None:
-    """Have torch translate global ranks as they are now."""
+    """Have torch translate global ranks as they are now.
+
+    A group may still have members that the world has lost meanwhile; it raises EpochChanged before it is used.
+    """
     world = dist.distributed_c10d._world
     default = world.default_pg
     if not isinstance(default, ElasticProcessGroup):
@@ -347,8 +356,8 @@ def _update_tables() -> None:
     members = default._group.communicator.members
     for group in world.pg_map:
         if isinstance(group, ElasticProcessGroup):
-            ranks = {members.index(worker): rank for rank, worker in enumerate(group._group.communicator.members)}
-            world.pg_group_ranks[group] = ranks
+            own = enumerate(group._group.communicator.members)
+            world.pg_group_ranks[group] = {members.index(worker): rank for rank, worker in own if worker in members}
 
 
 def _create(options: "_DistributedBackendOptions", backend_options: object) -> ElasticProcessGroup:
