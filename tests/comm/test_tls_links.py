@@ -56,7 +56,7 @@ def test_frames_of_many_sizes_arrive_whole_and_in_order(files: TlsFiles, buffer_
             assert np.array_equal(one.next(Received).payload, noise(size, number))
 
 
-def test_nothing_of_a_frame_is_readable_on_the_wire(files: TlsFiles) -> None:
+def test_a_listener_says_nothing_in_plain_text(files: TlsFiles) -> None:
     with End(1, TCP, options=LinkOptions(tls=files)) as end, RawDialler(end.address) as raw:
         raw.socket.settimeout(0.2)
         with suppress(TimeoutError):
