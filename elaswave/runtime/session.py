@@ -8,6 +8,7 @@ from pathlib import Path
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.inbox import Inbox, Received
 from elaswave.comm.links import Links
+from elaswave.comm.tls import files_from_environment
 from elaswave.core.events import UserLine, WorkerReady
 from elaswave.core.ids import WorkerId
 from elaswave.core.parameters import block_layout
@@ -54,7 +55,9 @@ class Session:
                 settings.token.encode(),
                 self._inbox,
                 payload_limit_bytes=PAYLOAD_LIMIT_BYTES,
-                options=LinkOptions(shared_memory=settings.link_transport == "shared"),
+                options=LinkOptions(
+                    shared_memory=settings.link_transport == "shared", tls=files_from_environment(os.environ)
+                ),
             )
             address = links.listen(self._address(settings))
             links.start()

@@ -210,8 +210,15 @@ class Ground:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of every process of these runs: XDG_RUNTIME_DIR tells them from all others."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PET_", "ELASWAVE_"))}
+        """The environment of every process of these runs: XDG_RUNTIME_DIR tells them from all others.
+
+        Of what a job outside has set only the files of TLS are kept, which tests set themselves.
+        """
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PET_", "ELASWAVE_")) or name.startswith("ELASWAVE_TLS_")
+        }
         return {**kept, "XDG_RUNTIME_DIR": str(self._runtime)}
 
     def start(
