@@ -120,9 +120,9 @@ class Endpoint:
 
     def _watch(self, peer: WorkerId) -> None:
         if peer not in self._watched:
-            self._watched.add(peer)
-            with suppress(LinkClosed):  # it is about to be removed
+            with suppress(LinkClosed):  # it is about to be removed, or is this process
                 self._links.watch(peer)
+                self._watched.add(peer)
 
     def _missed(self, peer: WorkerId) -> None:
         self._inbox.put(PeerClosed(peer=peer, error=LinkClosed(f"worker {peer} left while it was still needed")))

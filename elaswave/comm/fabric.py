@@ -26,7 +26,6 @@ CLOSE_S = 5.0
 FOLDER_PREFIX = "elaswave-"
 LOOK_S = 0.005
 """How often those who make a group look whether all have come: a store cannot be awaited together with links."""
-DECISION_KEY = "elaswave/decision"
 TOKEN_BYTES = 32
 HOST_VARIABLE = "ELASWAVE_HOST"
 """Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
@@ -58,6 +57,7 @@ class Fabric:
         self._departed: set[WorkerId] = set()
         self._timeout_s = timeout.total_seconds()
         self._neighbours: set[WorkerId] = set()  # processes of this host that share memory
+        self._made: dict[tuple[str, int], int] = {}  # groups of a name and epoch so far, less one
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._addresses: dict[WorkerId, str] = {}
         links = LinkOptions(tls=files_from_environment(os.environ))
@@ -90,18 +90,27 @@ class Fabric:
                 self._neighbours.add(WorkerId(peer))
         self.endpoint.connect(self._addresses)
 
-    def gather(self, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> list[WorkerId]:
-        """Members of a new group, by rank; all call it with a store of the group's own.
+    def gather(self, name: str, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> Communicator:
+        """That of a new group; all members call it with a store of the group's own.
 
-        Raises EpochChanged on all of them where a loss keeps one of them away: a member that waited for it here would
-        hear of nothing.
+        Name and store may be those of an earlier group of the same ranks, if all members have had that: torch hashes
+        names of its ranks. Raises EpochChanged where a loss keeps a member away: one that waited for it here would hear
+        of nothing.
         """
-        store.set(f"elaswave/member/{rank}", str(self.me))
-        keys = [f"elaswave/member/{index}" for index in range(size)]
+        epoch = self._roster.epoch  # who has not heard of it yet will, and come again
+        count = self._made[name, epoch] = self._made.get((name, epoch), -1) + 1
+        place = f"elaswave/{epoch}/{count}"
+        members = self._gather(place, store, rank, size, timeout)
+        return self.communicator(f"{name}/{epoch}/{count}" if epoch or count else name, members)
+
+    def _gather(self, place: str, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> list[WorkerId]:
+        decision = f"{place}/decision"
+        store.set(f"{place}/member/{rank}", str(self.me))
+        keys = [f"{place}/member/{index}" for index in range(size)]
         deadline = time.monotonic() + timeout.total_seconds()
         while not store.check(keys):
             if self.broken:
-                store.compare_set(DECISION_KEY, "", "broken")
+                store.compare_set(decision, "", "broken")
                 break
             now = time.monotonic()
             if now > deadline:
@@ -110,7 +119,7 @@ class Fabric:
             with suppress(DeadlineExceeded):
                 self.endpoint.drive(lambda: self.broken, now + LOOK_S, "news of a lost member")
         # Whoever decides first decides for all, so that nobody has a group of which another has not heard.
-        if store.compare_set(DECISION_KEY, "", "made") != b"made":
+        if store.compare_set(decision, "", "made") != b"made":
             raise EpochChanged("a member was lost while a group was made: call reconfigure() and make it again")
         return [WorkerId(int(store.get(key))) for key in keys]
 
@@ -122,9 +131,9 @@ class Fabric:
             self._apply(found)
         return found
 
-    def shares_memory(self, members: Sequence[WorkerId]) -> bool:
-        """All are processes of this host, and none was told not to."""
-        return self._neighbours.issuperset(members)
+    def shares_memory(self, communicator: Communicator) -> bool:
+        """All that it began with are processes of this host, and none was told not to; the same on all of them."""
+        return self._neighbours.issuperset(self._origins[communicator])
 
     def drop(self, communicator: Communicator) -> None:
         """It is not used any more; with the last one the fabric ends."""

@@ -121,11 +121,11 @@ class ElasticProcessGroup(dist.ProcessGroup):
 
     def hybrid(self, factory: NativeFactory | NativeEditor) -> HybridGroup:
         """All-reduces of this group over a native communicator where every rank has built one; see HybridGroup."""
-        return HybridGroup(self._group, factory, self._name)
+        return HybridGroup(self._group, factory, self._group.communicator.name)
 
     def grid(self, factory: NativeFactory) -> GridGroup:
         """The same over a grid of small native communicators, which goes on natively after a loss; see GridGroup."""
-        return GridGroup(self._group, factory, self._name)
+        return GridGroup(self._group, factory, self._group.communicator.name)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -368,10 +368,10 @@ def _create(options: "_DistributedBackendOptions", backend_options: object) -> E
     if fabric is None or fabric.closed:
         fabric = ElasticProcessGroup.fabric = Fabric(options.store, rank, size, options.timeout)
         members = [WorkerId(index) for index in range(size)]
+        communicator = fabric.communicator(options.group_id or "default", members)
     else:
-        members = fabric.gather(options.store, rank, size, options.timeout)
-    communicator = fabric.communicator(options.group_id or "default", members)
-    arena_bytes = ARENA_BYTES if fabric.shares_memory(members) else 0
+        communicator = fabric.gather(options.group_id, options.store, rank, size, options.timeout)
+    arena_bytes = ARENA_BYTES if fabric.shares_memory(communicator) else 0
     group = Group(fabric.endpoint, communicator, options.timeout.total_seconds(), arena_bytes=arena_bytes)
     return ElasticProcessGroup(group, fabric, options.group_id)
 

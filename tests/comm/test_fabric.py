@@ -5,7 +5,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from elaswave.comm.communicator import Communicator
 from elaswave.comm.endpoint import NOTICE
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.group import Group
@@ -21,7 +23,7 @@ from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST
 from elaswave.comm.works import ReceiveWork
 from elaswave.core.ids import WorkerId
-from elaswave.errors import EpochChanged, LinkClosed
+from elaswave.errors import DeadlineExceeded, EpochChanged, LinkClosed
 
 MEMBERS = tuple(WorkerId(rank) for rank in range(6))
 LIMIT_S = 30.0
@@ -47,6 +49,10 @@ class Gang:
         """Run it on these at once."""
         running = {worker: self._pool.submit(work, worker) for worker in workers}
         return {worker: found.result(2 * LIMIT_S) for worker, found in running.items()}
+
+    def start(self, work: Callable[[], Result]) -> "Future[Result]":
+        """Run it beside what follows."""
+        return self._pool.submit(work)
 
     def sum_of_ones(self, worker: WorkerId) -> float:
         tensor = torch.ones(5)
@@ -150,3 +156,45 @@ def test_a_roster_of_unknown_workers_takes_its_sender_for_broken(gang: Gang) -> 
     roster = FIRST.without([WorkerId(77)], liar)
     gang.fabrics[liar].endpoint.notify(left[0], roster.encode().encode())
     assert gang.on(left, gang.recover) == dict.fromkeys(left, float(len(left)))
+
+
+def test_a_group_of_a_name_that_was_used_before_gets_nothing_meant_for_that(gang: Gang) -> None:
+    """As torch names groups of the same ranks that are made one after the other."""
+    pair, store = MEMBERS[:2], dist.HashStore()  # type: ignore[attr-defined]
+    limit = timedelta(seconds=LIMIT_S)
+
+    def made(worker: WorkerId) -> Group:
+        fabric = gang.fabrics[worker]
+        return Group(fabric.endpoint, fabric.gather("pair", store, worker, 2, limit), LIMIT_S)
+
+    def sum_of(group: Group, value: float) -> float:
+        tensor = torch.full((5,), value)
+        group.endpoint.wait(group.all_reduce(tensor))
+        return float(tensor[0])
+
+    before = gang.on(pair, made)
+    assert gang.on(pair, lambda worker: sum_of(before[worker], 1.0)) == dict.fromkeys(pair, 2.0)
+    ahead, behind = pair[1], pair[0]
+    gang.fabrics[ahead].drop(before[ahead].communicator)
+    first = gang.start(lambda: sum_of(made(ahead), 10.0))  # and is here before the other has let go of the old one
+    with suppress(DeadlineExceeded):
+        gang.fabrics[behind].endpoint.drive(lambda: False, time.monotonic() + 0.2, "what should not come yet")
+    gang.fabrics[behind].drop(before[behind].communicator)
+    assert sum_of(made(behind), 10.0) == 20.0
+    assert first.result(LIMIT_S) == 20.0
+
+
+def test_a_group_that_a_loss_has_kept_from_being_made_is_made_again_under_its_name(gang: Gang) -> None:
+    *left, lost = MEMBERS
+    store, limit = dist.HashStore(), timedelta(seconds=LIMIT_S)  # type: ignore[attr-defined]
+
+    def attempt(worker: WorkerId) -> Communicator:
+        return gang.fabrics[worker].gather("three", store, worker, 3, limit)
+
+    waiting = gang.start(lambda: attempt(left[0]))
+    gang.lose(left[0], lost)
+    with pytest.raises(EpochChanged):
+        waiting.result(LIMIT_S)
+    gang.on(left, gang.recover)
+    found = gang.on(left[:3], attempt)
+    assert all(communicator.members == tuple(left[:3]) for communicator in found.values())
