@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -224,3 +225,26 @@ def trains_on(place: Place) -> object:
         trainer.check(history)
         dist.barrier()
     return history
+
+
+@job
+def powersgd(place: Place) -> object:
+    """A communication hook whose callbacks wait for collectives of their own."""
+    with joined(place):
+        plain = model_of()
+        model = DistributedDataParallel(deepcopy(plain))  # one bucket: of several, ranks could take turns differently
+        state = PowerSGDState(process_group=None, matrix_approximation_rank=2, start_powerSGD_iter=2)
+        model.register_comm_hook(state, powerSGD_hook)
+        for step in range(STEPS):
+            model.zero_grad()
+            model(batch_of(place.rank, step)).square().mean().backward()
+        torch.stack([plain(batch_of(worker, step)).square().mean() for worker in range(place.size)]).mean().backward()
+        # Biases are not compressed; what PowerSGD makes of the weights is its own affair, but the same on all ranks.
+        for name, found in model.module.named_parameters():
+            assert found.grad is not None
+            if name.endswith("bias"):
+                torch.testing.assert_close(found.grad, plain.get_parameter(name).grad)
+            others = [torch.empty_like(found.grad) for _ in range(place.size)]
+            dist.all_gather(others, found.grad)
+            assert all(torch.equal(other, found.grad) for other in others)
+    return True

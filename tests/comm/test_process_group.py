@@ -98,6 +98,8 @@ def nursery() -> Iterator[Nursery]:
         ("groups_and_functional_collectives", MEMORY),
         ("groups_and_functional_collectives", LINKS),
         ("fsdp2_and_checkpoint", MEMORY),
+        ("powersgd", MEMORY),
+        ("powersgd", LINKS),
         ("abort_from_threads", MEMORY),
         ("abort_from_threads", LINKS),
     ],
