@@ -57,7 +57,7 @@ class Fabric:
         self._departed: set[WorkerId] = set()
         self._timeout_s = timeout.total_seconds()
         self._neighbours: set[WorkerId] = set()  # processes of this host that share memory
-        self._made: dict[tuple[str, int], int] = {}  # groups of a name and epoch so far, less one
+        self._made: dict[tuple[str, int], int] = {}  # groups of a name and epoch so far
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._addresses: dict[WorkerId, str] = {}
         links = LinkOptions(tls=files_from_environment(os.environ))
@@ -97,10 +97,14 @@ class Fabric:
         names of its ranks. Raises EpochChanged where a loss keeps a member away: one that waited for it here would hear
         of nothing.
         """
-        epoch = self._roster.epoch  # who has not heard of it yet will, and come again
-        count = self._made[name, epoch] = self._made.get((name, epoch), -1) + 1
+        with self._lock:
+            epoch = self._roster.epoch  # who has not heard of it yet will, and come again
+            if self.broken:  # others may come to this place later, when they have taken up their groups
+                raise EpochChanged("a member was lost before a group was made: call reconfigure() and make it then")
+        count = self._made.get((name, epoch), 0)
         place = f"elaswave/{epoch}/{count}"
         members = self._gather(place, store, rank, size, timeout)
+        self._made[name, epoch] = count + 1  # only what all have made: attempts differ
         return self.communicator(f"{name}/{epoch}/{count}" if epoch or count else name, members)
 
     def _gather(self, place: str, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> list[WorkerId]:

@@ -184,15 +184,21 @@ def test_a_group_of_a_name_that_was_used_before_gets_nothing_meant_for_that(gang
     assert first.result(LIMIT_S) == 20.0
 
 
-def test_a_group_that_a_loss_has_kept_from_being_made_is_made_again_under_its_name(gang: Gang) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_a_group_that_a_loss_has_kept_from_being_made_is_made_again_under_its_name(gang: Gang, known: bool) -> None:
+    """Whether the loss is known when it is tried, and though others have not tried."""
     *left, lost = MEMBERS
     store, limit = dist.HashStore(), timedelta(seconds=LIMIT_S)  # type: ignore[attr-defined]
 
     def attempt(worker: WorkerId) -> Communicator:
         return gang.fabrics[worker].gather("three", store, worker, 3, limit)
 
+    if known:
+        gang.lose(left[0], lost)
     waiting = gang.start(lambda: attempt(left[0]))
-    gang.lose(left[0], lost)
+    if not known:
+        store.wait(["elaswave/0/0/member/0"], limit)
+        gang.lose(left[0], lost)
     with pytest.raises(EpochChanged):
         waiting.result(LIMIT_S)
     gang.on(left, gang.recover)
