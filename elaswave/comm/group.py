@@ -11,13 +11,7 @@ from elaswave.comm.collectives.composed import acknowledged, broadcast, reduce
 from elaswave.comm.collectives.direct import direct_exchange, direct_gather, direct_scatter
 from elaswave.comm.collectives.grid import grid_all_gather, grid_all_reduce, grid_reduce_scatter, halved_all_reduce
 from elaswave.comm.collectives.reduction import Combine, add, split, whole_of
-from elaswave.comm.collectives.shared_memory import (
-    Arenas,
-    shared_all_gather,
-    shared_all_reduce,
-    shared_catch_up,
-    shared_reduce_scatter,
-)
+from elaswave.comm.collectives.shared_memory import shared_all_gather, shared_all_reduce, shared_reduce_scatter
 from elaswave.comm.collectives.tree import tree_all_gather, tree_all_reduce, tree_barrier
 from elaswave.comm.communicator import KEEP_LIMIT_BYTES, Communicator
 from elaswave.comm.endpoint import Endpoint
@@ -71,37 +65,34 @@ class Group:
             chosen = tree_all_reduce if flat.nbytes <= TREE_LIMIT_BYTES else halved_all_reduce
             collective = chosen(rank, size, flat, combine)
             return self._start("all_reduce", collective, [(tensor, flat)], finish, result=flat)
-        used: list[Arenas] = []
         collective = self._sharing.choose(
             lambda arenas: shared_all_reduce(arenas, flat, combine),
-            lambda: acknowledged(rank, size, grid_all_reduce(rank, size, flat, combine)),
-            used,
+            lambda: grid_all_reduce(rank, size, flat, combine),
         )
-        return self._start(
-            "all_reduce", collective, [(tensor, flat)], finish, catch_up=lambda: shared_catch_up(used[0], flat, combine)
-        )
+        return self._start("all_reduce", collective, [(tensor, flat)], finish, catch_up=self._sharing.catch_up)
 
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], combine: Combine = add, finish: Finish | None = None
     ) -> Operation:
         """`output` becomes the combination of `inputs[rank]` over all ranks; lengths of inputs may differ."""
         rank, size = self._place()
-        lengths = [tensor.numel() for tensor in inputs]
-        whole = torch.cat([tensor.detach().reshape(-1) for tensor in inputs])  # partial sums are not for the arguments
-        flats = split(whole, lengths)
-        if whole.nbytes <= TREE_LIMIT_BYTES and not self._sharing.wanted:
+        flats = [flat_of(tensor) for tensor in inputs]
+        if sum(flat.nbytes for flat in flats) <= TREE_LIMIT_BYTES and not self._sharing.wanted:
+            whole = torch.cat(flats)  # partial sums are not for the arguments
+            own = split(whole, [flat.numel() for flat in flats])[rank]
             collective = tree_all_reduce(rank, size, whole, combine)
-            return self._start("reduce_scatter", collective, [(output, flats[rank])], finish, result=whole)
+            return self._start("reduce_scatter", collective, [(output, own)], finish, result=whole)
+        total = torch.empty_like(flats[rank])
         collective = self._sharing.choose(
-            lambda arenas: shared_reduce_scatter(arenas, flats, combine),
-            lambda: grid_reduce_scatter(rank, whole, lengths, combine),
+            lambda arenas: shared_reduce_scatter(arenas, total, flats, combine),
+            lambda: _linked_reduce_scatter(rank, total, flats, combine),
         )
-        collective = acknowledged(rank, size, collective)
-        return self._start("reduce_scatter", collective, [(output, flats[rank])], finish)
+        catch_up = self._sharing.catch_up
+        return self._start("reduce_scatter", collective, [(output, total)], finish, catch_up=catch_up)
 
     def all_gather(self, outputs: Sequence[Tensor], given: Tensor) -> Operation:
         """`outputs[r]` becomes what rank r has given; lengths may differ."""
-        rank, size = self._place()
+        rank, _ = self._place()
         if sum(tensor.nbytes for tensor in outputs) <= KEEP_LIMIT_BYTES and not self._sharing.wanted:
             return self._gather_kept(outputs, given)
         flats = [flat_of(tensor) for tensor in outputs]
@@ -109,8 +100,8 @@ class Group:
         collective = self._sharing.choose(
             lambda arenas: shared_all_gather(arenas, flats), lambda: grid_all_gather(rank, flats)
         )
-        collective = acknowledged(rank, size, collective)
-        return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)))
+        written = list(zip(outputs, flats, strict=True))
+        return self._start("all_gather", collective, written, catch_up=self._sharing.catch_up)
 
     def _gather_kept(self, outputs: Sequence[Tensor], given: Tensor) -> Operation:
         rank, _ = self._place()
@@ -198,6 +189,13 @@ class Group:
         operation.catch_up = catch_up
         self.endpoint.start(self.communicator, operation)
         return operation
+
+
+def _linked_reduce_scatter(rank: int, output: Tensor, inputs: Sequence[Tensor], combine: Combine) -> Collective:
+    lengths = [tensor.numel() for tensor in inputs]
+    whole = torch.cat(list(inputs))  # partial sums are not for the arguments
+    yield from grid_reduce_scatter(rank, whole, lengths, combine)
+    output.copy_(split(whole, lengths)[rank])
 
 
 def flat_of(tensor: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from elaswave.comm.arena import NAME_BYTES, Arena, open_arena
 from elaswave.comm.collectives.commands import Collective
+from elaswave.comm.collectives.composed import acknowledged
 from elaswave.comm.collectives.reduction import maximum
-from elaswave.comm.collectives.shared_memory import Arenas
+from elaswave.comm.collectives.shared_memory import Arenas, SharedCollective
 from elaswave.comm.collectives.tree import tree_all_reduce
 from elaswave.comm.communicator import NO_STAKE, Communicator
 from elaswave.comm.futex import AVAILABLE
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ElasWaveError
+from elaswave.errors import ElasWaveError, InvariantError
 
 SKIPPED_TURNS = 2
 """Of a new epoch: its barriers have other numbers than those that were broken off, its slots are the same."""
@@ -35,6 +36,7 @@ class Sharing:
         self._epoch = -1
         self._turns = 0
         self._arenas: Arenas | None = None
+        self._chosen: SharedCollective | None = None
         if self._arena_bytes:
             communicator.stake = self._stake
 
@@ -43,10 +45,8 @@ class Sharing:
         """Memory is shared, or will be, unless some rank turns out to have none; the same on all ranks."""
         return self._arena_bytes > 0
 
-    def choose(
-        self, shared: Callable[[Arenas], Collective], linked: Callable[[], Collective], used: list[Arenas] | None = None
-    ) -> Collective:
-        """The first where all ranks have all arenas, else the other. `used` gets the arenas before they are used."""
+    def choose(self, shared: Callable[[Arenas], SharedCollective], linked: Callable[[], Collective]) -> Collective:
+        """The first where all ranks have all arenas, else the other, which has to be acknowledged."""
         if self._arena_bytes and self._epoch != self._communicator.epoch:
             if self._communicator.stakes < NO_STAKE:
                 self._take_up(self._communicator.stakes)
@@ -54,11 +54,17 @@ class Sharing:
                 # A part of the first operation of an epoch, so that all ranks do it at the same place.
                 yield from self._find()
         if self._arenas is None:
-            yield from linked()
+            rank, size = self._communicator.rank, self._communicator.size
+            yield from acknowledged(rank, size, linked())
             return
-        if used is not None:
-            used.append(self._arenas)
-        yield from shared(self._arenas)
+        self._chosen = shared(self._arenas)
+        yield from self._chosen.collective
+
+    def catch_up(self) -> None:
+        """Get the result of the collective under way, which another rank has completed."""
+        if self._chosen is None:
+            raise InvariantError("another rank has completed an operation in memory that has not begun here")
+        self._chosen.catch_up()
 
     def _stake(self) -> int:
         """The turn that this rank is at, if it has the arenas of all members."""
@@ -107,7 +113,7 @@ class Sharing:
 
     def close(self) -> None:
         """Let go of the memory; any thread, once nothing is under way. A second call does nothing."""
-        own, self._own, self._arenas = self._own, None, None
+        own, self._own, self._arenas, self._chosen = self._own, None, None, None
         if own is not None:
             own.close()
         self._opened.clear()

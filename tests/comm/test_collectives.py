@@ -33,7 +33,6 @@ from elaswave.comm.collectives.shared_memory import (
     Arenas,
     shared_all_gather,
     shared_all_reduce,
-    shared_catch_up,
     shared_reduce_scatter,
 )
 from elaswave.comm.collectives.tree import tree_all_gather, tree_all_reduce, tree_barrier
@@ -220,23 +219,23 @@ def check_shared_memory(arenas: list[Arenas], length: int, seed: int) -> None:
     for _ in range(3):  # slots are used in turn
         tensors = [values(rank, length) for rank in range(size)]
         expected = sum(tensors, torch.zeros(length, dtype=torch.float64))
-        run(seed, [shared_all_reduce(arenas[rank], tensors[rank], add) for rank in range(size)])
+        run(seed, [shared_all_reduce(arenas[rank], tensors[rank], add).collective for rank in range(size)])
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
         torch.testing.assert_close(tensors[0], expected)
         counts = even_segments(length, size)
         segments = [split(values(rank, length), counts) for rank in range(size)]
+        outputs = [torch.empty_like(segments[rank][rank]) for rank in range(size)]
         run(
             seed,
             [
-                acknowledged(rank, size, shared_reduce_scatter(arenas[rank], segments[rank], add))
+                shared_reduce_scatter(arenas[rank], outputs[rank], segments[rank], add).collective
                 for rank in range(size)
             ],
         )
-        torch.testing.assert_close(torch.cat([segments[rank][rank] for rank in range(size)]), expected)
-        run(
-            seed,
-            [acknowledged(rank, size, shared_all_gather(arenas[rank], segments[rank])) for rank in range(size)],
-        )
+        torch.testing.assert_close(torch.cat(outputs), expected)
+        for rank in range(size):
+            segments[rank][rank].copy_(outputs[rank])
+        run(seed, [shared_all_gather(arenas[rank], segments[rank]).collective for rank in range(size)])
         for rank in range(size):
             torch.testing.assert_close(torch.cat(segments[rank]), expected)
 
@@ -247,15 +246,15 @@ def test_who_waits_in_the_last_barrier_can_finish_from_the_memory(monkeypatch: p
     tensors = [values(rank, 11) for rank in range(3)]
     expected = sum(tensors, torch.zeros(11, dtype=torch.float64))
     network = Network(3, random.Random(0))
-    operations = [
-        network.start(
-            WorkerId(rank), lambda r, s, t: shared_all_reduce(arenas[r], tensors[r], add), tensors[rank], keep=False
-        )
-        for rank in range(3)
-    ]
+    shares = [shared_all_reduce(arenas[rank], tensors[rank], add) for rank in range(3)]
+
+    def make(rank: int, size: int, tensor: Tensor) -> Collective:
+        return shares[rank].collective
+
+    operations = [network.start(WorkerId(rank), make, tensors[rank], keep=False) for rank in range(3)]
     while not operations[0].finished:
         for rank in (2, 1, 0):
             network.look(WorkerId(rank))
     assert not operations[2].finished
-    shared_catch_up(arenas[2], tensors[2], add)
+    shares[2].catch_up()
     torch.testing.assert_close(tensors[2], expected)

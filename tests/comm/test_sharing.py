@@ -10,15 +10,13 @@ from torch import Tensor
 from elaswave.comm.arena import Arena, open_arena
 from elaswave.comm.collectives import shared_memory
 from elaswave.comm.collectives.commands import Collective
-from elaswave.comm.collectives.composed import acknowledged
 from elaswave.comm.collectives.grid import grid_all_reduce
 from elaswave.comm.collectives.reduction import add
 from elaswave.comm.collectives.shared_memory import (
     HEADER_BYTES,
-    Arenas,
     shared_all_gather,
     shared_all_reduce,
-    shared_catch_up,
+    shared_reduce_scatter,
 )
 from elaswave.comm.operation import Operation
 from elaswave.comm.sharing import Sharing
@@ -44,36 +42,48 @@ class Memories:
         self.sharings = {worker: Sharing(found, ARENA_BYTES) for worker, found in network.ranks.items()}
 
     def all_reduce(self, worker: WorkerId, tensor: Tensor) -> Operation:
-        used: list[Arenas] = []
+        sharing = self.sharings[worker]
 
         def make(rank: int, size: int, tensor: Tensor) -> Collective:
-            return self.sharings[worker].choose(
+            return sharing.choose(
                 lambda arenas: shared_all_reduce(arenas, tensor, add),
-                lambda: acknowledged(rank, size, grid_all_reduce(rank, size, tensor, add)),
-                used,
+                lambda: grid_all_reduce(rank, size, tensor, add),
             )
 
-        return self._network.start(
-            worker, make, tensor, keep=False, catch_up=lambda: shared_catch_up(used[0], tensor, add)
-        )
+        return self._network.start(worker, make, tensor, keep=False, catch_up=sharing.catch_up)
 
     def all_gather(self, worker: WorkerId, tensor: Tensor) -> Operation:
-        """Every rank gives one element; `tensor` becomes their sum."""
+        """Every rank gives its tensor; `tensor` becomes the sum of all."""
+        sharing = self.sharings[worker]
+        gathered: list[Tensor] = []
+
+        def add_up() -> None:
+            tensor.copy_(torch.stack(gathered).sum(0))
 
         def make(rank: int, size: int, tensor: Tensor) -> Collective:
-            segments = [tensor[:1].clone() for _ in range(size)]
-
-            def collective() -> Collective:
-                yield from acknowledged(
-                    rank,
-                    size,
-                    self.sharings[worker].choose(lambda arenas: shared_all_gather(arenas, segments), no_links),
-                )
-                tensor.fill_(float(sum(segments)))
-
+            gathered[:] = [torch.zeros_like(tensor) for _ in range(size)]
+            gathered[rank].copy_(tensor)
             return collective()
 
-        return self._network.start(worker, make, tensor, keep=False)
+        def collective() -> Collective:
+            yield from sharing.choose(lambda arenas: shared_all_gather(arenas, gathered), no_links)
+            add_up()
+
+        def catch_up() -> None:
+            sharing.catch_up()
+            add_up()
+
+        return self._network.start(worker, make, tensor, keep=False, catch_up=catch_up)
+
+    def reduce_scatter(self, worker: WorkerId, tensor: Tensor) -> Operation:
+        """Every rank gives the same tensor to each rank; `tensor` becomes the sum of those."""
+        sharing = self.sharings[worker]
+
+        def make(rank: int, size: int, tensor: Tensor) -> Collective:
+            given = [tensor.clone() for _ in range(size)]
+            return sharing.choose(lambda arenas: shared_reduce_scatter(arenas, tensor, given, add), no_links)
+
+        return self._network.start(worker, make, tensor, keep=False, catch_up=sharing.catch_up)
 
     def close(self) -> None:
         for sharing in self.sharings.values():
@@ -90,7 +100,8 @@ class MemoryWalk(Walk):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.memories = Memories(self.network)
-        self.kinds = [self.generator.choice(("memory", "memory", "tree")) for _ in range(5)]
+        shared = (self.memories.all_reduce, self.memories.all_gather, self.memories.reduce_scatter)
+        self.kinds = [self.generator.choice((*shared, self._tree)) for _ in range(5)]
         self.lengths = [self.generator.choice(LENGTHS) for _ in range(7)]
 
     def _deliver(self) -> None:
@@ -102,11 +113,10 @@ class MemoryWalk(Walk):
     def _start(self, worker: WorkerId) -> None:
         index = len(self.results[worker])
         tensor = torch.full((self.lengths[index % 7],), 1.0 + index)
-        if self.kinds[index % 5] == "memory":
-            operation = self.memories.all_reduce(worker, tensor)
-        else:
-            operation = self.network.start(worker, small, tensor, keep=True)
-        self.current[worker] = (operation, tensor)
+        self.current[worker] = (self.kinds[index % 5](worker, tensor), tensor)
+
+    def _tree(self, worker: WorkerId, tensor: Tensor) -> Operation:
+        return self.network.start(worker, small, tensor, keep=True)
 
 
 @pytest.mark.parametrize("base", range(0, 400, 100))

@@ -5,7 +5,8 @@ An arena has two slots, used in turn: who writes to one has passed a barrier tha
 of it. Barriers are counters in the arenas.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -44,6 +45,7 @@ class Arenas:
         self._heads = [arena[:_RELEASED_BYTE].numpy().data.cast("Q") for arena in arenas]
         self._released = arenas[0][_RELEASED_BYTE : _RELEASED_BYTE + 4].numpy().data.cast("I")
         self._released_address = arenas[0].data_ptr() + _RELEASED_BYTE
+        self._halves: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def capacity(self, dtype: torch.dtype) -> int:
         """Elements of a piece."""
@@ -93,108 +95,145 @@ class Arenas:
     def _word(self) -> Word:
         return Word(self._released_address, self._released[0])
 
-    def given(self, rank: int, like: Tensor) -> Tensor:
-        """Where a rank puts its own data; a view with the length and dtype of `like`."""
-        return self._view(2 * (self.turns % SLOTS), rank, like)
+    def given(self, rank: int, dtype: torch.dtype) -> Tensor:
+        """Where a rank puts its own data: room for a piece."""
+        return self._half(2 * (self.turns % SLOTS), rank, dtype)
 
-    def made(self, rank: int, like: Tensor) -> Tensor:
-        """Where a rank puts its part of the result."""
-        return self._view(2 * (self.turns % SLOTS) + 1, rank, like)
+    def made(self, rank: int, dtype: torch.dtype) -> Tensor:
+        """Where a rank puts its part of the result: room for a piece."""
+        return self._half(2 * (self.turns % SLOTS) + 1, rank, dtype)
 
-    def _view(self, half: int, rank: int, like: Tensor) -> Tensor:
-        start = HEADER_BYTES + half * self._half_bytes
-        return self._arenas[rank][start : start + like.numel() * like.element_size()].view(like.dtype)
+    def _half(self, half: int, rank: int, dtype: torch.dtype) -> Tensor:
+        found = self._halves.get((half, rank, dtype))
+        if found is None:
+            start = HEADER_BYTES + half * self._half_bytes
+            found = self._halves[half, rank, dtype] = self._arenas[rank][start : start + self._half_bytes].view(dtype)
+        return found
 
 
-def shared_all_reduce(arenas: Arenas, tensor: Tensor, combine: Combine) -> Collective:
-    """`tensor` becomes the combination over all ranks, in the order of ranks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedCollective:
+    """Who has passed its last barrier has the result, and everybody else can still read it.
 
-    Who passes the last barrier has its result, and everybody else can still read it: see `shared_catch_up`.
+    catch_up: take the result, where `collective` waits in its last barrier and another rank has completed its own.
     """
-    nbytes = tensor.numel() * tensor.element_size()
-    if nbytes <= SMALL_BYTES:
-        arenas.given(arenas.rank, tensor).copy_(tensor)
-        yield from arenas.enter(nbytes)
-        _combine_all(arenas, tensor, combine)
+
+    collective: Collective
+    catch_up: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """given: what this rank gives, one after the other. take: what it does when all have given theirs."""
+
+    given: Sequence[Tensor]
+    take: Callable[[], None]
+
+
+def shared_all_reduce(arenas: Arenas, tensor: Tensor, combine: Combine) -> SharedCollective:
+    """`tensor` becomes the combination over all ranks, in the order of ranks."""
+    if tensor.nbytes <= SMALL_BYTES:
+        # Everybody combines all of it: less work than a second barrier.
+        turn = _Turn(given=[tensor], take=lambda: _combine(arenas, 0, tensor, combine))
+        return _in_turns(arenas, [turn], tensor.nbytes)
+    pieces = split(tensor, _lengths(tensor.numel(), arenas.capacity(tensor.dtype)))
+
+    def collective() -> Collective:
+        for piece in pieces:
+            lengths = even_segments(piece.numel(), arenas.size)
+            _give(arenas, [piece])
+            yield from arenas.enter(tensor.nbytes)
+            made = arenas.made(arenas.rank, tensor.dtype)[: lengths[arenas.rank]]
+            _combine(arenas, sum(lengths[: arenas.rank]), made, combine)
+            yield from arenas.meet()
+            _collect_made(arenas, piece)
+            arenas.advance()
+
+    def catch_up() -> None:
+        _collect_made(arenas, pieces[-1])
         arenas.advance()
-        return
-    for piece in split(tensor, _pieces(tensor, arenas)):
-        segments = even_segments(piece.numel(), arenas.size)
-        arenas.given(arenas.rank, piece).copy_(piece)
-        yield from arenas.enter(nbytes)
-        _combine_segment(arenas, piece, segments, combine)
-        yield from arenas.meet()
-        _collect(arenas, piece, segments)
-        arenas.advance()
+
+    return SharedCollective(collective=collective(), catch_up=catch_up)
 
 
-def shared_catch_up(arenas: Arenas, tensor: Tensor, combine: Combine) -> None:
-    """Finish an all-reduce that has waited in its last barrier, and that another rank has completed."""
-    if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
-        _combine_all(arenas, tensor, combine)
-    else:
-        pieces = split(tensor, _pieces(tensor, arenas))
-        _collect(arenas, pieces[-1], even_segments(pieces[-1].numel(), arenas.size))
-    arenas.advance()  # others may still have to do the same: this rank must not write there in the next epoch
-
-
-def _combine_all(arenas: Arenas, tensor: Tensor, combine: Combine) -> None:
-    """Everybody for itself, in the order of ranks: less work than a second barrier."""
-    tensor.copy_(arenas.given(0, tensor))
-    for rank in range(1, arenas.size):
-        combine(tensor, arenas.given(rank, tensor))
-
-
-def _combine_segment(arenas: Arenas, piece: Tensor, segments: Sequence[int], combine: Combine) -> None:
-    start = sum(segments[: arenas.rank])
-    stop = start + segments[arenas.rank]
-    total = arenas.made(arenas.rank, piece[start:stop])
-    total.copy_(arenas.given(0, piece)[start:stop])
-    for rank in range(1, arenas.size):
-        combine(total, arenas.given(rank, piece)[start:stop])
-
-
-def _collect(arenas: Arenas, piece: Tensor, segments: Sequence[int]) -> None:
-    for rank, part in enumerate(split(piece, segments)):
-        part.copy_(arenas.made(rank, part))
-
-
-def shared_all_gather(arenas: Arenas, segments: Sequence[Tensor]) -> Collective:
+def shared_all_gather(arenas: Arenas, segments: Sequence[Tensor]) -> SharedCollective:
     """Every segment becomes that of the rank of its number; lengths may differ."""
-    capacity = arenas.capacity(segments[0].dtype)
-    for start in range(0, max(1, *(segment.numel() for segment in segments)), capacity):
-        pieces = [segment[start : start + capacity] for segment in segments]
-        arenas.given(arenas.rank, pieces[arenas.rank]).copy_(pieces[arenas.rank])
-        yield from arenas.enter(_bytes_of(segments))
-        for rank, piece in enumerate(pieces):
-            if rank != arenas.rank:
-                piece.copy_(arenas.given(rank, piece))
-        arenas.advance()
+    turns = [
+        _Turn(given=[parts[arenas.rank]], take=partial(_collect_given, arenas, parts))
+        for parts in _in_parts(segments, arenas.capacity(segments[0].dtype))
+    ]
+    return _in_turns(arenas, turns, _bytes_of(segments))
 
 
-def shared_reduce_scatter(arenas: Arenas, segments: Sequence[Tensor], combine: Combine) -> Collective:
-    """Segment `rank` becomes the combination over all ranks, in their order; the others stay."""
-    capacity = arenas.capacity(segments[0].dtype) // arenas.size
-    mine = segments[arenas.rank]
-    for start in range(0, max(1, *(segment.numel() for segment in segments)), capacity):
-        pieces = [segment[start : start + capacity] for segment in segments]
-        whole = torch.cat(pieces)
-        arenas.given(arenas.rank, whole).copy_(whole)
-        yield from arenas.enter(_bytes_of(segments))
-        offset = sum(piece.numel() for piece in pieces[: arenas.rank])
-        length = pieces[arenas.rank].numel()
-        total = mine[start : start + length]
-        total.copy_(arenas.given(0, whole)[offset : offset + length])
-        for rank in range(1, arenas.size):
-            combine(total, arenas.given(rank, whole)[offset : offset + length])
-        arenas.advance()
+def shared_reduce_scatter(
+    arenas: Arenas, output: Tensor, segments: Sequence[Tensor], combine: Combine
+) -> SharedCollective:
+    """`output` becomes the combination of segment `rank` over all ranks, in their order; segments stay."""
+    capacity = arenas.capacity(output.dtype) // arenas.size
+    turns: list[_Turn] = []
+    for index, parts in enumerate(_in_parts(segments, capacity)):
+        first = sum(part.numel() for part in parts[: arenas.rank])
+        into = output[index * capacity : (index + 1) * capacity]
+        turns.append(_Turn(given=parts, take=partial(_combine, arenas, first, into, combine)))
+    return _in_turns(arenas, turns, _bytes_of(segments))
 
 
-def _pieces(tensor: Tensor, arenas: Arenas) -> list[int]:
-    capacity = arenas.capacity(tensor.dtype)
-    whole, rest = divmod(tensor.numel(), capacity)
-    return [capacity] * whole + ([rest] if rest or not whole else [])
+def _in_turns(arenas: Arenas, turns: Sequence[_Turn], expected_bytes: int) -> SharedCollective:
+    """Collectives of one barrier a turn."""
+
+    def collective() -> Collective:
+        for turn in turns:
+            _give(arenas, turn.given)
+            yield from arenas.enter(expected_bytes)
+            turn.take()
+            arenas.advance()
+
+    def catch_up() -> None:
+        turns[-1].take()
+        arenas.advance()  # others may still have to do the same: this rank must not write there in the next epoch
+
+    return SharedCollective(collective=collective(), catch_up=catch_up)
+
+
+def _give(arenas: Arenas, tensors: Sequence[Tensor]) -> None:
+    room = arenas.given(arenas.rank, tensors[0].dtype)
+    lengths = [tensor.numel() for tensor in tensors]
+    torch._foreach_copy_(split(room[: sum(lengths)], lengths), list(tensors))
+
+
+def _combine(arenas: Arenas, first: int, into: Tensor, combine: Combine) -> None:
+    """Of what all have given, from element `first` on, in the order of ranks."""
+    last = first + into.numel()
+    into.copy_(arenas.given(0, into.dtype)[first:last])
+    for rank in range(1, arenas.size):
+        combine(into, arenas.given(rank, into.dtype)[first:last])
+
+
+def _collect_made(arenas: Arenas, piece: Tensor) -> None:
+    segments = split(piece, even_segments(piece.numel(), arenas.size))
+    made = [arenas.made(rank, piece.dtype)[: segment.numel()] for rank, segment in enumerate(segments)]
+    torch._foreach_copy_(segments, made)
+
+
+def _collect_given(arenas: Arenas, parts: Sequence[Tensor]) -> None:
+    others = [rank for rank in range(arenas.size) if rank != arenas.rank]
+    given = [arenas.given(rank, parts[rank].dtype)[: parts[rank].numel()] for rank in others]
+    if others:
+        torch._foreach_copy_([parts[rank] for rank in others], given)
+
+
+def _in_parts(segments: Sequence[Tensor], capacity: int) -> list[Sequence[Tensor]]:
+    """The segments in parts of at most `capacity` elements each; at least one part."""
+    longest = max(segment.numel() for segment in segments)
+    if longest <= capacity:
+        return [segments]
+    return [[segment[start : start + capacity] for segment in segments] for start in range(0, longest, capacity)]
+
+
+def _lengths(elements: int, limit: int) -> list[int]:
+    whole, rest = divmod(elements, limit)
+    return [limit] * whole + [rest] * (rest > 0)
 
 
 def _bytes_of(segments: Sequence[Tensor]) -> int:
-    return sum(segment.numel() * segment.element_size() for segment in segments)
+    return sum(segment.nbytes for segment in segments)
