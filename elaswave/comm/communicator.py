@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elaswave.comm.collectives.agreement import Standing, agree, hand_over
 from elaswave.comm.collectives.commands import NO_ANSWER, Await, Collective, Held, Receive, Send
-from elaswave.comm.collectives.composed import agreement, rotated
-from elaswave.comm.collectives.tree import tree_broadcast
 from elaswave.comm.operation import Operation
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, DeadlineExceeded, ElasWaveError, EpochChanged, ProtocolError
@@ -358,38 +357,45 @@ class Communicator:
 
     def _begin_agreement(self, now: float) -> None:
         head = self._queue[0] if self._queue else None
-        reachable = NOTHING_MISSED if self._joined else self._completed + (head is not None and head.held)
         rank, size = self.rank, self.size
-        operation = Operation("agreement", self._agree(rank, size, reachable), now + self._agree_s, None, keep=False)
+        mine = Standing(
+            completed=self._completed,
+            holder=rank,
+            kept_bytes=0 if self._kept is None else self._kept.nbytes,
+            reachable=NOTHING_MISSED if self._joined else self._completed + (head is not None and head.held),
+            stake=self.stake(),
+        )
+        operation = Operation("agreement", self._agree(rank, size, mine), now + self._agree_s, None, keep=False)
         operation.number = AGREEMENT
         self._agreement = operation
         self._advance(operation, None)
 
-    def _agree(self, rank: int, size: int, reachable: int) -> Collective:
-        found = torch.tensor([0, 0, 0, self.stake()])
-        yield from agreement(rank, size, self._completed, reachable, found)
-        last, holder, least, stakes = found.tolist()
-        self.stakes = stakes
-        if least < last:
-            yield from self._hand_over(rank, size, last, holder)
-        self._settle(last)
+    def _agree(self, rank: int, size: int, mine: Standing) -> Collective:
+        agreed = yield from agree(rank, size, mine)
+        whole = agreed.whole
+        self.stakes = whole.stake
+        if whole.missing(whole.completed):
+            kept = self._handed_over(whole)
+            if kept.numel():
+                yield from hand_over(rank, agreed, kept)
+        self._settle(whole.completed)
 
-    def _hand_over(self, rank: int, size: int, last: int, holder: int) -> Collective:
-        """The kept result of the last operation goes to everybody; who has it already ignores it."""
-        kept = self._kept if rank == holder else None
-        head = self._queue[0] if self._queue else None
-        length = torch.tensor([0 if kept is None else kept.numel() * kept.element_size()])
-        yield from rotated(tree_broadcast((rank - holder) % size, size, length), holder, size)
-        missed = head.result if head is not None and head.number == last and not head.held else None
-        if not 0 <= int(length) <= KEEP_LIMIT_BYTES or (missed is not None and missed.nbytes != int(length)):
+    def _handed_over(self, whole: Standing) -> Tensor:
+        """Where the result of the last operation that somebody has completed is here, or where it belongs, as bytes."""
+        head = self._queue[0] if self._queue and self._queue[0].number == whole.completed else None
+        missed = head.result if head is not None and not head.held else None
+        fits = missed is None or missed.nbytes == whole.kept_bytes
+        if not (fits and 0 <= whole.kept_bytes <= KEEP_LIMIT_BYTES):
             raise ProtocolError(
-                f"rank {holder} hands over a result of {int(length)} bytes for operation {last} of {self.name}: kept "
-                f"are at most {KEEP_LIMIT_BYTES}, and all ranks must call the same operations with the same shapes"
+                f"rank {whole.holder} hands over a result of {whole.kept_bytes} bytes for operation {whole.completed} "
+                f"of {self.name}: kept are at most {KEEP_LIMIT_BYTES}, and all ranks must call the same operations "
+                "with the same shapes"
             )
-        received = torch.empty(int(length), dtype=torch.uint8) if kept is None else kept.view(torch.uint8)
-        yield from rotated(tree_broadcast((rank - holder) % size, size, received), holder, size)
         if missed is not None:
-            missed.view(torch.uint8).copy_(received)
+            return missed.view(torch.uint8)
+        if self._kept is not None and self._completed == whole.completed:
+            return self._kept.view(torch.uint8)
+        return torch.empty(whole.kept_bytes, dtype=torch.uint8)  # to be passed on
 
     def _settle(self, last: int) -> None:
         """All members know: operations up to `last` have succeeded, later ones fail."""

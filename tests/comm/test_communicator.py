@@ -183,7 +183,7 @@ def test_any_number_of_operations_that_wait_end_at_once() -> None:
     assert me.finished == operations, "in their order"
 
 
-@pytest.mark.parametrize("length", [-1, 3, 1 << 60])
+@pytest.mark.parametrize("length", [-1, 0, 3, 1 << 60])
 def test_a_result_that_is_handed_over_has_the_expected_length(length: int) -> None:
     """Rank 0 has missed the last operation; the holder claims a length of its own."""
     network = Network(2, random.Random(0))
@@ -191,8 +191,8 @@ def test_a_result_that_is_handed_over_has_the_expected_length(length: int) -> No
     operation = network.start(WorkerId(0), small, tensor, keep=True)
     me.edit(1, (), (), 0.0)
 
-    completed, ranks = 1, 1 << 20
-    for said in ([completed * ranks + 1, -completed, 0, NO_STAKE], [length]):
-        me.receive(WorkerId(1), 1, AGREEMENT, torch.tensor(said).view(torch.uint8))
+    completed, holder = 1, 1
+    said = torch.tensor([completed, holder, length, completed, 1, NO_STAKE])
+    me.receive(WorkerId(1), 1, AGREEMENT, said.view(torch.uint8))
     assert isinstance(operation.error, ProtocolError)
     assert f"hands over a result of {length} bytes" in str(operation.error)

@@ -1,4 +1,4 @@
-"""Collectives made of others: what the choice by size, roots, acknowledgement and agreement add."""
+"""Collectives made of others: what the choice by size, roots and acknowledgement add."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from elaswave.comm.collectives.commands import NO_ANSWER, Collective, Held, Receive, Send
-from elaswave.comm.collectives.reduction import Combine, maximum
-from elaswave.comm.collectives.tree import tree_all_reduce, tree_barrier, tree_broadcast, tree_reduce
+from elaswave.comm.collectives.reduction import Combine
+from elaswave.comm.collectives.tree import tree_barrier, tree_broadcast, tree_reduce
 
 _NOTHING = torch.empty(0)
 
@@ -57,21 +57,6 @@ def chained(collectives: Sequence[Collective]) -> Collective:
     """One after the other."""
     for collective in collectives:
         yield from collective
-
-
-_RANKS = 1 << 20
-
-
-def agreement(rank: int, size: int, completed: int, reachable: int, found: Tensor) -> Collective:
-    """`found` (int64, 4) becomes: last number completed anywhere, a rank that has, the least number reachable anywhere.
-
-    completed: the last operation whose result this rank has handed out. reachable: the last one whose result it holds.
-    The last element becomes the maximum of what it is on all ranks.
-    """
-    found[:3] = torch.tensor([completed * _RANKS + rank, -reachable, 0])
-    yield from tree_all_reduce(rank, size, found, maximum)
-    last = int(found[0])
-    found[:3] = torch.tensor([last // _RANKS, last % _RANKS, -int(found[1])])
 
 
 def _ignore(into: Tensor, other: Tensor) -> None:
