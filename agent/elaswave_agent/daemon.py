@@ -42,7 +42,11 @@ class Agent:
         self._sockets = WorkerSockets(options.socket_path, self._supervisor)
         self._stream = ControllerStream(
             StreamSettings(
-                controller=options.controller, node=options.node, token=token, limit_s=options.controller_limit_s
+                controller=options.controller,
+                node=options.node,
+                token=token,
+                limit_s=options.controller_limit_s,
+                tls=options.tls,
             ),
             self._greeting,
             self._obey,

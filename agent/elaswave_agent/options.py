@@ -1,10 +1,12 @@
 """Flags of `python -m elaswave_agent`, as values."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elaswave.certificates import TlsFiles, needed_files
 from elaswave.core.ids import NodeId
 from elaswave.errors import ConfigError
 from elaswave.process_start import Program
@@ -44,6 +46,9 @@ class AgentOptions:
     controller_limit_s: float
     """How long the controller may be away; after that all workers are ended."""
 
+    tls: TlsFiles | None = None
+    """With which the controller is called; None: in plain text."""
+
     @property
     def socket_path(self) -> str:
         """Where workers of this node find their agent."""
@@ -80,6 +85,7 @@ def parse_options(arguments: Sequence[str]) -> AgentOptions:
         master_port=found.master_port,
         max_restarts=found.max_restarts,
         controller_limit_s=found.controller_limit_s,
+        tls=needed_files(os.environ) if found.tls else None,
     )
     if len(options.socket_path.encode()) > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError(
@@ -121,5 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--master-port", type=int, default=29500, metavar="PORT")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N")
     parser.add_argument("--controller-limit-s", type=float, default=300.0, metavar="SECONDS")
+    parser.add_argument("--tls", action="store_true", help="call the controller with the files of ELASWAVE_TLS_*")
     parser.add_argument("--module", action="store_true", help="SCRIPT is a module name")
     return parser

@@ -15,6 +15,7 @@ from typing import Final
 
 from grpc import aio
 
+from elaswave.certificates import TlsFiles
 from elaswave.core.ids import NodeId
 from elaswave.errors import FaultError
 from elaswave_agent.orders import Order
@@ -27,7 +28,7 @@ from elaswave_agent.wire import (
     encode_beat,
     encode_leave,
     is_refusal,
-    open_channel,
+    open_stream_channel,
 )
 
 BEAT_PERIOD_S: Final = 0.1
@@ -40,12 +41,16 @@ _BACKOFF_LAST_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSettings:
-    """Where the controller is and who asks. `limit_s`: how long it may be away before the agent gives up."""
+    """Where the controller is and who asks. `limit_s`: how long it may be away before the agent gives up.
+
+    tls: None for plain text.
+    """
 
     controller: str
     node: NodeId
     token: str
     limit_s: float
+    tls: TlsFiles | None = None
 
 
 class ControllerStream:
@@ -108,7 +113,7 @@ class ControllerStream:
 
     async def _run_stream(self) -> str:
         """One stream from hello to its end; returns why it ended."""
-        channel = open_channel(self._settings.controller)
+        channel = open_stream_channel(self._settings.controller, self._settings.tls)
         call = attach(channel, self._settings.token)
         tasks = [
             asyncio.create_task(work) for work in (self._write_all(call), self._read_all(call), self._beat_while_open())

@@ -5,6 +5,8 @@ from grpc import aio
 
 from elaswave._pb import control_pb2
 from elaswave._pb.control_pb2_grpc import AgentServiceStub
+from elaswave.certificates import TlsFiles
+from elaswave.control_channel import open_channel
 from elaswave.core.events import FenceWorker, StartWorker, WorkerFailed
 from elaswave.core.ids import NodeId, WorkerId
 from elaswave.core.injection import Injection
@@ -40,9 +42,9 @@ _CHANNEL_OPTIONS = (
 )
 
 
-def open_channel(address: str) -> aio.Channel:
-    """A channel to the controller at HOST:PORT; connects when it is used."""
-    return aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def open_stream_channel(address: str, tls: TlsFiles | None) -> aio.Channel:
+    """A channel to the controller at HOST:PORT; connects when it is used. ConfigError where TLS files will not do."""
+    return open_channel(address, tls, _CHANNEL_OPTIONS)
 
 
 def attach(channel: aio.Channel, token: str) -> Call:

@@ -1,10 +1,12 @@
 """Command line of the controller process; made by the launcher, which has checked the values."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elaswave.certificates import TlsFiles, needed_files
 from elaswave.core.config import ControllerConfig
 from elaswave.core.injection import Injection, parse_injection
 from elaswave.core.reduce_plan import REDUCE_KINDS
@@ -40,6 +42,9 @@ class ControllerOptions:
     shutdown_limit_s: float = 4.0
     """How long agents may take to end their workers."""
 
+    tls: TlsFiles | None = None
+    """With which it is called; None: in plain text."""
+
 
 _CONFIG_NUMBERS = (
     "dp", "pp", "tp", "spares", "nnodes", "nproc_per_node", "max_restarts", "replicas", "save_every",
@@ -64,6 +69,7 @@ def read_options(arguments: Sequence[str]) -> ControllerOptions:
     parser.add_argument("--reduce", default="direct", choices=REDUCE_KINDS)
     parser.add_argument("--inject", action="append", default=[])
     parser.add_argument("--unbuffered", action="store_true")
+    parser.add_argument("--tls", action="store_true")
     parser.add_argument("--refuse-fresh-start", action="store_true")
     found = parser.parse_args(list(arguments))
     config = ControllerConfig(
@@ -91,6 +97,7 @@ def read_options(arguments: Sequence[str]) -> ControllerOptions:
         node_suspect_s=found.node_suspect_s,
         store_log=_path(found.store_log),
         shutdown_limit_s=found.shutdown_limit_s,
+        tls=needed_files(os.environ) if found.tls else None,
     )
 
 

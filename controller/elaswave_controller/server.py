@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import grpc
 from grpc import aio
 
+from elaswave.control_channel import add_port
 from elaswave.core.events import AgentAttached, AgentLost, StopRequested, WorkerStarted
 from elaswave.core.status import Finished
 from elaswave.errors import ConfigError, ProtocolError
@@ -84,7 +85,7 @@ async def start_server(options: ControllerOptions, shell: Shell) -> Server:
     add_OperatorServiceServicer_to_server(OperatorService(options, shell), server)
     host = f"[{options.host}]" if ":" in options.host else options.host
     try:
-        port = server.add_insecure_port(f"{host}:{options.port}")
+        port = add_port(server, f"{host}:{options.port}", options.tls)
     except RuntimeError as error:
         raise ConfigError(f"endpoint {host}:{options.port}: cannot listen there; choose another port") from error
     await server.start()

@@ -9,7 +9,7 @@ import struct
 from contextlib import closing
 from dataclasses import dataclass
 
-from elaswave.comm.tls import TlsFiles
+from elaswave.certificates import TlsFiles
 from elaswave.errors import ConfigError
 
 UNIX_PATH_LIMIT_BYTES = 107  # sockaddr_un.sun_path without its final zero

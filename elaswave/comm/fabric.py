@@ -13,12 +13,12 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Protocol
 
+from elaswave.certificates import files_from_environment
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
-from elaswave.comm.tls import files_from_environment
 from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed, ProtocolError
 

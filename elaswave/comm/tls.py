@@ -4,19 +4,14 @@ import errno
 import socket
 import ssl
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Self
 
-from elaswave.errors import ConfigError, InvariantError, ProtocolError
+from elaswave.certificates import TlsFiles, make_context
+from elaswave.errors import InvariantError, ProtocolError
 
 RECORD_BYTES = 16 << 10
 """The most that one TLS record carries."""
-
-CERTIFICATE_VARIABLE = "ELASWAVE_TLS_CERTIFICATE"
-KEY_VARIABLE = "ELASWAVE_TLS_KEY"
-AUTHORITY_VARIABLE = "ELASWAVE_TLS_AUTHORITY"
 
 Bytes = bytes | bytearray | memoryview
 
@@ -32,29 +27,8 @@ _UNTRUSTED = {7, 18, 19, 20, 21}  # X509_V_ERR_*: bad signature, self-signed, is
 _OUT_OF_DATE = {9: "is not valid yet", 10: "has expired"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsFiles:
-    """PEM files of one worker: its certificate (chain), the key of that, not encrypted, and who signs for all."""
-
-    certificate: str
-    key: str
-    authority: str
-
-
 class TlsRefused(ProtocolError):
     """A TLS handshake that came to nothing, and would the next time."""
-
-
-def files_from_environment(environment: Mapping[str, str]) -> TlsFiles | None:
-    """The files that the ELASWAVE_TLS_* variables name; None where none is set. ConfigError where only some are."""
-    names = (CERTIFICATE_VARIABLE, KEY_VARIABLE, AUTHORITY_VARIABLE)
-    missing = [name for name in names if not environment.get(name)]
-    if len(missing) == len(names):
-        return None
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} not set: set all of {', '.join(names)}, or none")
-    certificate, key, authority = (environment[name] for name in names)
-    return TlsFiles(certificate=certificate, key=key, authority=authority)
 
 
 class TlsSocket(ssl.SSLSocket):
@@ -182,30 +156,10 @@ class TlsContexts:
 
 
 def _context(files: TlsFiles, *, listens: bool) -> ssl.SSLContext:
-    for path in (files.certificate, files.key, files.authority):
-        try:
-            Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"TLS file {path!r} cannot be read: {error.strerror}") from error
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if listens else ssl.PROTOCOL_TLS_CLIENT)
+    context = make_context(files, listens=listens)
     context.sslsocket_class = TlsSocket
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
     if listens:
         context.num_tickets = 0  # nothing is resumed
-    try:
-        context.load_verify_locations(cafile=files.authority)
-    except ssl.SSLError as error:
-        raise ConfigError(f"TLS authority {files.authority!r} holds no certificate as PEM: {error.reason}") from error
-    try:
-        # A password is never asked for at a terminal: an encrypted key fails.
-        context.load_cert_chain(files.certificate, files.key, password=b"")
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigError(
-            f"TLS certificate {files.certificate!r} and key {files.key!r} do not load as PEM, or do not belong "
-            f"together: {error}; keys must not be encrypted"
-        ) from error
     return context
 
 

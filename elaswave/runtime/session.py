@@ -5,10 +5,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from elaswave.certificates import files_from_environment
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.inbox import Inbox, Received
 from elaswave.comm.links import Links
-from elaswave.comm.tls import files_from_environment
 from elaswave.core.events import UserLine, WorkerReady
 from elaswave.core.ids import WorkerId
 from elaswave.core.parameters import block_layout

@@ -61,7 +61,9 @@ def _run(ready: Launch, folder: RunFolder, environment: Mapping[str, str]) -> in
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{place.port}"
         if held is not None:
-            folder.publish(RunningJob(job=place.job, address=address, pid=os.getpid(), token=ready.token))
+            folder.publish(
+                RunningJob(job=place.job, address=address, pid=os.getpid(), token=ready.token, tls=ready.tls)
+            )
         # Only now: these imports take as long as everything before, and the children are on their way meanwhile.
         from elaswave_launch.session import run_session  # noqa: PLC0415
 

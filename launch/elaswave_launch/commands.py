@@ -128,6 +128,8 @@ def controller_arguments(launch: Launch, place: Place) -> tuple[str, ...]:
     flags += [f"--inject={spec}" for spec in options.injection_specs]
     if options.unbuffered:
         flags.append("--unbuffered")
+    if launch.tls is not None:
+        flags.append("--tls")
     if not config.allow_fresh_start:
         flags.append("--refuse-fresh-start")
     return python("elaswave_controller", *flags)
@@ -156,6 +158,8 @@ def agent_arguments(launch: Launch, place: Place, rank: int) -> tuple[str, ...]:
     flags.append("--spawn" if options.start == "spawn" else f"--zygote={options.zygote or _zygote_socket(place)}")
     if options.module:
         flags.append("--module")
+    if launch.tls is not None:
+        flags.append("--tls")
     return python("elaswave_agent", *flags, "--", options.script, *options.script_args)
 
 

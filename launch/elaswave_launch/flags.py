@@ -148,6 +148,8 @@ OUR_FLAGS: tuple[Flag, ...] = (
     _ours("--node-suspect-s", "seconds without a beat until a node is lost (default: 3, --standalone 30)", "",
           metavar="SECONDS"),
     _ours("--token-file", "secret shared by all nodes of a job on several machines", metavar="FILE"),
+    Flag(name="--plaintext", kind=Kind.SWITCH, environment=False,
+         help="let machines talk without TLS, on a network that you trust (docs/launch.md)"),
 )  # fmt: skip
 
 EXAMPLES = """\
@@ -160,6 +162,7 @@ examples:
   two machines, 8 workers each; the same command on both but for the node rank:
     elaswave-launch --nnodes 2 --nproc-per-node 8 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500 \\
       --token-file ~/.elaswave-token --pp 2 train.py
+    with ELASWAVE_TLS_CERTIFICATE, _KEY and _AUTHORITY set to PEM files, or with --plaintext
   a durable checkpoint every 50 steps, going on from the newest one after a crash:
     elaswave-launch --standalone --nproc-per-node 4 --save-every 50 --save-dir ckpt train.py
 

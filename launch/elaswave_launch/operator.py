@@ -120,7 +120,7 @@ def _choose(jobs: Sequence[RunningJob], wanted: str) -> RunningJob:
 
 
 async def _call(running: RunningJob, action: Callable[[Operator], Awaitable[None]]) -> None:
-    operator = Operator(running.address, running.token)
+    operator = Operator(running.address, running.token, running.tls)
     try:
         await action(operator)
     finally:

@@ -5,6 +5,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from elaswave.certificates import is_loopback
 from elaswave.core.config import ControllerConfig, check_config
 from elaswave.core.injection import Injection, parse_injection
 from elaswave.core.reduce_plan import REDUCE_KINDS
@@ -68,12 +69,20 @@ class LaunchOptions:
     link_transport: str
     node_suspect_s: float
     token_file: Path | None
+    plaintext: bool
+    """Machines may talk without TLS."""
+
     end_signals: tuple[signal.Signals, ...]
     shutdown_timeout_s: float
 
     @property
     def starts_controller(self) -> bool:
         return self.first_node == 0
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether other machines can reach the controller or workers of the job."""
+        return not is_loopback(self.host) or not is_loopback(self.link_host)
 
 
 def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
@@ -105,7 +114,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         first_node=node_rank,
         host=host,
         port=port,
-        link_host=parsed.text("local_addr") or ("127.0.0.1" if standalone or _is_loopback(host) else ""),
+        link_host=parsed.text("local_addr") or ("127.0.0.1" if standalone or is_loopback(host) else ""),
         log_dir=_path(parsed, "log_dir"),
         shown_ranks=_ranks(parsed.text("local_ranks_filter")),
         report=_path(parsed, "report"),
@@ -121,6 +130,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         link_transport=_transport(parsed, standalone or nnodes == 1),
         node_suspect_s=_node_suspect_s(parsed, standalone),
         token_file=_path(parsed, "token_file"),
+        plaintext=parsed.switch("plaintext"),
         end_signals=_signals(parsed.text("signals_to_handle")),
         shutdown_timeout_s=_seconds(parsed, "shutdown_timeout", least=0.0),
     )
@@ -202,10 +212,6 @@ def _endpoint(parsed: Parsed, nnodes: int) -> tuple[str, int, bool]:
     if nnodes > 1 and int(port) == 0:
         raise ConfigError(f"endpoint {host}:0: nodes find each other by the port; give a number from 1")
     return host, int(port), False
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _job(parsed: Parsed, standalone: bool) -> str:

@@ -10,9 +10,18 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
+from elaswave.certificates import (
+    AUTHORITY_VARIABLE,
+    CERTIFICATE_VARIABLE,
+    KEY_VARIABLE,
+    TlsFiles,
+    files_from_environment,
+    is_loopback,
+    read_pem,
+)
 from elaswave.errors import ConfigError
 from elaswave_launch.options import Devices, LaunchOptions
 
@@ -32,6 +41,9 @@ class Launch:
 
     token: str
     """The job's secret; empty where node 0 makes it and this is not node 0."""
+
+    tls: TlsFiles | None
+    """With which the controller is called; None: in plain text."""
 
 
 def find_devices() -> Devices:
@@ -53,10 +65,11 @@ def check_machine(options: LaunchOptions, environment: Mapping[str, str]) -> Lau
         _check_zygote(options.zygote)
     resume_from = find_start(options)
     token = _token(options, environment)
+    tls = _tls(options, environment)
     if options.starts_controller:
         _check_port(options.host, options.port)
     config = replace(options.config, allow_fresh_start=resume_from is None)
-    return Launch(options=replace(options, config=config), resume_from=resume_from, token=token)
+    return Launch(options=replace(options, config=config), resume_from=resume_from, token=token, tls=tls)
 
 
 def find_start(options: LaunchOptions) -> Path | None:
@@ -187,6 +200,26 @@ def _addresses(
     except OSError as error:
         raise ConfigError(f"endpoint {host}:{port}: cannot resolve {host!r} ({error.strerror})") from error
     return [entry for entry in found if isinstance(entry[4][0], str)]  # type: ignore[misc]
+
+
+def _tls(options: LaunchOptions, environment: Mapping[str, str]) -> TlsFiles | None:
+    """What control plane and links between machines are encrypted with; on loopback, only links are, if asked for."""
+    files = files_from_environment(environment)
+    if files is None:
+        if options.is_reachable and not options.plaintext:
+            where = options.link_host if is_loopback(options.host) else options.host
+            raise ConfigError(
+                f"{where} can be reached from other machines: set {CERTIFICATE_VARIABLE}, {KEY_VARIABLE} and"
+                f" {AUTHORITY_VARIABLE} to PEM files (docs/launch.md), or pass --plaintext on a network that you trust"
+            )
+        return None
+    if options.plaintext:
+        raise ConfigError(f"--plaintext: {CERTIFICATE_VARIABLE} and the like are set; leave out one of both")
+    read_pem(files)
+    if is_loopback(options.host):
+        return None
+    certificate, key, authority = (str(Path(path).absolute()) for path in astuple(files))
+    return TlsFiles(certificate=certificate, key=key, authority=authority)  # found from any folder, as by `elaswave`
 
 
 def _token(options: LaunchOptions, environment: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from elaswave.certificates import TlsFiles
 from elaswave.errors import ConfigError
 
 _LOCK = "lock"
@@ -41,6 +42,7 @@ class RunningJob:
     token: str
     report: str = ""
     log_dir: str = ""
+    tls: TlsFiles | None = None
 
 
 class RunFolder:
@@ -178,4 +180,5 @@ def _read_state(folder: Path) -> RunningJob | None:
         return None  # still starting, or another node's folder
     if not isinstance(content, dict):
         raise ConfigError(f"{folder / _STATE} is not a state file of this version: stop the job and start it again")
-    return RunningJob(**content)
+    tls = content.pop("tls", None)
+    return RunningJob(**content, tls=None if tls is None else TlsFiles(**tls))

@@ -67,6 +67,7 @@ async def _run(
         display,
         address=address,
         token=launch.token,
+        tls=launch.tls,
         shutdown_timeout_s=options.shutdown_timeout_s,
     )
     try:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from elaswave.certificates import TlsFiles
 from elaswave.core.status import Finished
 from elaswave.errors import PeerError
 from elaswave_launch.children import Child
@@ -46,6 +47,7 @@ class Supervision:
         *,
         address: str,
         token: str,
+        tls: TlsFiles | None,
         shutdown_timeout_s: float,
     ) -> None:
         self._children = tuple(children)
@@ -53,6 +55,7 @@ class Supervision:
         self._display = display
         self._address = address
         self._token = token
+        self._tls = tls
         self._shutdown_timeout_s = shutdown_timeout_s
         self._signalled = asyncio.Event()
         self._finished: Finished | None = None
@@ -90,7 +93,7 @@ class Supervision:
         self._signalled.clear()
 
     async def _watch(self) -> None:
-        operator = Operator(self._address, self._token)
+        operator = Operator(self._address, self._token, self._tls)
         try:
             async for item in operator.watch():
                 self._display.show(item)

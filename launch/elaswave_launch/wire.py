@@ -7,6 +7,8 @@ from grpc import aio
 
 from elaswave._pb import control_pb2
 from elaswave._pb.control_pb2_grpc import OperatorServiceStub
+from elaswave.certificates import TlsFiles
+from elaswave.control_channel import open_channel
 from elaswave.core.injection import Injection
 from elaswave.core.status import Finished, JobStatus
 from elaswave.errors import DeadlineExceeded, PeerError
@@ -25,12 +27,15 @@ _OPTIONS = (
 
 
 class Operator:
-    """A connection to the controller of one job at HOST:PORT; `close` it. Calls raise PeerError."""
+    """A connection to the controller of one job at HOST:PORT; `close` it. Calls raise PeerError.
 
-    def __init__(self, address: str, token: str) -> None:
+    tls: None for plain text; ConfigError where its files will not do.
+    """
+
+    def __init__(self, address: str, token: str, tls: TlsFiles | None = None) -> None:
         self._address = address
         self._metadata = ((_TOKEN_KEY, token),)
-        self._channel = aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = open_channel(address, tls, _OPTIONS)
         self._stub = OperatorServiceStub(self._channel)
 
     async def close(self) -> None:

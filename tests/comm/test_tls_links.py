@@ -13,10 +13,10 @@ import pytest
 from links_harness import End, RawDialler, closed_reason, meet, noise
 from tls_authority import Authority
 
+from elaswave.certificates import TlsFiles, files_from_environment
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.inbox import ConnectionRefused, Inbox, LinkItem, LinksFailed, PeerClosed, Received
 from elaswave.comm.links import Links
-from elaswave.comm.tls import TlsFiles, files_from_environment
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, LinkClosed, ProtocolError
 

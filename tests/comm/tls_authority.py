@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from elaswave.comm.tls import TlsFiles
+from elaswave.certificates import TlsFiles
 
 
 def _openssl(*arguments: str) -> None:

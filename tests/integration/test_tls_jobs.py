@@ -8,7 +8,7 @@ from covering import check_scenario
 from harness import Ground
 from scenario import Scenario
 
-from elaswave.comm.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
+from elaswave.certificates import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 from tests.comm.tls_authority import Authority
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command to make certificates with")
