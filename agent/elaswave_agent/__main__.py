@@ -9,6 +9,7 @@ from elaswave.lifeline import end_with_parent
 from elaswave.priority import be_urgent
 from elaswave_agent.daemon import Agent
 from elaswave_agent.options import AgentOptions, parse_options
+from elaswave_agent.own_address import own_address
 
 EXIT_REFUSED = 93
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         be_urgent()
         token = _read_token(options)
         _make_log_folder(options)
-        asyncio.run(_run(options, token))
+        asyncio.run(_run(options, token, own_address(options.link_host, options.controller)))
     except InvariantError:
         raise
     except ElasWaveError as error:
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _run(options: AgentOptions, token: str) -> None:
-    await Agent(options, token).run()
+async def _run(options: AgentOptions, token: str, link_host: str) -> None:
+    await Agent(options, token, link_host).run()
 
 
 def _read_token(options: AgentOptions) -> str:

@@ -32,8 +32,10 @@ class Agent:
     Made in the event loop that `run` then runs in.
     """
 
-    def __init__(self, options: AgentOptions, token: str) -> None:
+    def __init__(self, options: AgentOptions, token: str, link_host: str) -> None:
+        """link_host: numeric address at which its workers accept links."""
         self._options = options
+        self._link_host = link_host
         self._ready: dict[WorkerId, wire.Request] = {}
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
@@ -138,7 +140,9 @@ class Agent:
 
     def _greeting(self, again: bool) -> list[wire.Request]:
         options = self._options
-        hello = wire.encode_hello(options.node, options.workers, os.getpid(), socket.gethostname())
+        hello = wire.encode_hello(
+            options.node, options.workers, os.getpid(), host=socket.gethostname(), link_host=self._link_host
+        )
         if not again:
             return [hello]
         # Another controller, or one that took us for dead: what lives here, and what it said when it was ready.

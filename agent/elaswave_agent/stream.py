@@ -27,7 +27,7 @@ from elaswave_agent.wire import (
     decode_response,
     encode_beat,
     encode_leave,
-    is_refusal,
+    final_reason,
     open_stream_channel,
 )
 
@@ -170,8 +170,9 @@ async def _end_of(call: Call, tasks: "list[asyncio.Task[None]]") -> str:
             continue
         error = task.exception()
         if isinstance(error, aio.AioRpcError):
-            if is_refusal(error):
-                raise FaultError(f"the controller refuses this agent: {error.details()}") from error
+            reason = final_reason(error)
+            if reason:
+                raise FaultError(reason) from error
             return f"{error.code().name}: {error.details()}"
         if error is not None and not isinstance(error, (_StreamEnded, asyncio.InvalidStateError)):
             raise error

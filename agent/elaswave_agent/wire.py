@@ -5,7 +5,7 @@ from grpc import aio
 
 from elaswave._pb import control_pb2
 from elaswave._pb.control_pb2_grpc import AgentServiceStub
-from elaswave.certificates import TlsFiles
+from elaswave.certificates import AUTHORITY_VARIABLE, TlsFiles
 from elaswave.control_channel import open_channel
 from elaswave.core.events import FenceWorker, StartWorker, WorkerFailed
 from elaswave.core.ids import NodeId, WorkerId
@@ -42,6 +42,15 @@ _CHANNEL_OPTIONS = (
 )
 
 
+_REFUSALS = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+# Of gRPC's texts: it has no code for these. Should they change, the agent tries for as long as for a lost controller.
+_CERTIFICATE_SIGNS = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed")
+
+
 def open_stream_channel(address: str, tls: TlsFiles | None) -> aio.Channel:
     """A channel to the controller at HOST:PORT; connects when it is used. ConfigError where TLS files will not do."""
     return open_channel(address, tls, _CHANNEL_OPTIONS)
@@ -54,9 +63,10 @@ def attach(channel: aio.Channel, token: str) -> Call:
     return call
 
 
-def encode_hello(node: NodeId, workers: int, pid: int, host: str) -> Request:
-    """First message of a stream."""
-    return Request(hello=control_pb2.AgentHello(node=node, workers=workers, pid=pid, host=host))
+def encode_hello(node: NodeId, workers: int, pid: int, *, host: str, link_host: str) -> Request:
+    """First message of a stream. host: name of the machine. link_host: numeric, where its workers accept links."""
+    hello = control_pb2.AgentHello(node=node, workers=workers, pid=pid, host=host, link_host=link_host)
+    return Request(hello=hello)
 
 
 def encode_beat(sequence: int) -> Request:
@@ -116,10 +126,14 @@ def _decode_forward(message: control_pb2.ToWorker) -> Forward | InjectNow:
     return Forward(worker=worker, frame=encode_frame(message.message))
 
 
-def is_refusal(error: aio.AioRpcError) -> bool:
-    """Whether the controller does not want this agent at all, so that trying again is of no use."""
-    return error.code() in (
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.UNIMPLEMENTED,
-    )
+def final_reason(error: aio.AioRpcError) -> str:
+    """Why trying again is of no use; empty where it may be of some."""
+    details = error.details() or error.code().name
+    if error.code() in _REFUSALS:
+        return f"the controller refuses this agent: {details}"
+    if any(sign in details for sign in _CERTIFICATE_SIGNS):
+        return (
+            f"the controller's certificate will not do ({details}): it has to be signed by the authority that"
+            f" {AUTHORITY_VARIABLE} names here, and to be for the host of the endpoint"
+        )
+    return ""

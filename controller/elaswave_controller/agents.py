@@ -65,10 +65,10 @@ class AgentRegistry:
         """Workers started on `node` and not known to be gone."""
         return frozenset(worker for worker, at in self._node_of.items() if at == node)
 
-    def host_of(self, node: NodeId) -> str:
-        """The machine of a node; empty where its agent is not attached."""
+    def link_host_of(self, node: NodeId) -> str:
+        """Where workers of a node accept links; empty where its agent is not attached."""
         connection = self._connections.get(node)
-        return "" if connection is None else connection.hello.host
+        return "" if connection is None else connection.hello.link_host
 
     def start(self, effect: StartWorker) -> None:
         """Have a worker started. Nothing happens where its agent is gone: the core is told of that by another event."""

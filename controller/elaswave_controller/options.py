@@ -34,9 +34,6 @@ class ControllerOptions:
     unbuffered: bool = False
     log_cap_bytes: int = 0
     link_transport: str = "shared"
-    link_host: str = ""
-    """Where TCP links listen; empty: at the host that the worker's agent names."""
-
     node_suspect_s: float = 3.0
     store_log: Path | None = None
     shutdown_limit_s: float = 4.0
@@ -61,7 +58,7 @@ def read_options(arguments: Sequence[str]) -> ControllerOptions:
         parser.add_argument("--" + name.replace("_", "-"), type=int, required=True)
     for name in ("port", "log-cap"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    for name in ("port-file", "report", "save-dir", "resume-from", "link-host", "store-log"):
+    for name in ("port-file", "report", "save-dir", "resume-from", "store-log"):
         parser.add_argument(f"--{name}", default="")
     for name, default in (("node-suspect-s", 3.0), ("shutdown-limit-s", 4.0)):
         parser.add_argument(f"--{name}", type=float, default=default)
@@ -93,7 +90,6 @@ def read_options(arguments: Sequence[str]) -> ControllerOptions:
         unbuffered=found.unbuffered,
         log_cap_bytes=found.log_cap,
         link_transport=found.link_transport,
-        link_host=found.link_host,
         node_suspect_s=found.node_suspect_s,
         store_log=_path(found.store_log),
         shutdown_limit_s=found.shutdown_limit_s,

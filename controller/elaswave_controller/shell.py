@@ -229,7 +229,7 @@ class Shell:
             want_digest=options.config.want_report,
             resume_from=self._restart.resume_from,
             link_transport=options.link_transport,
-            link_host=options.link_host or self.agents.host_of(effect.node),
+            link_host=self.agents.link_host_of(effect.node),
         )
         mine = [injection for injection in self._injections if injection.worker == effect.worker]
         self._injections = [injection for injection in self._injections if injection.worker != effect.worker]

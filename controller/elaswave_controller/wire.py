@@ -63,12 +63,13 @@ _MAX_WORKERS_OF_NODE = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentHello:
-    """The first message of an agent. `host` names the machine, as the agent sees it."""
+    """The first message of an agent. host: name of the machine. link_host: numeric, where its workers accept links."""
 
     node: NodeId
     workers: int
     pid: int
     host: str
+    link_host: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,13 @@ def decode_hello(message: AttachRequest) -> AgentHello:
         raise ProtocolError(f"AgentHello.node {hello.node[:80]!r}: must be 1 to {_MAX_NODE_NAME} printable characters")
     if not 1 <= hello.workers <= _MAX_WORKERS_OF_NODE:
         raise ProtocolError(f"AgentHello.workers {hello.workers}: must be from 1 to {_MAX_WORKERS_OF_NODE}")
-    return AgentHello(node=NodeId(hello.node), workers=hello.workers, pid=hello.pid, host=hello.host[:_MAX_NODE_NAME])
+    return AgentHello(
+        node=NodeId(hello.node),
+        workers=hello.workers,
+        pid=hello.pid,
+        host=hello.host[:_MAX_NODE_NAME],
+        link_host=hello.link_host[:_MAX_NODE_NAME],
+    )
 
 
 def decode_attach(

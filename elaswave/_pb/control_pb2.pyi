@@ -364,16 +364,18 @@ class Stop(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("node", "workers", "pid", "host")
+    __slots__ = ("node", "workers", "pid", "host", "link_host")
     NODE_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    LINK_HOST_FIELD_NUMBER: _ClassVar[int]
     node: str
     workers: int
     pid: int
     host: str
-    def __init__(self, node: _Optional[str] = ..., workers: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+    link_host: str
+    def __init__(self, node: _Optional[str] = ..., workers: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., link_host: _Optional[str] = ...) -> None: ...
 
 class WorkerStarted(_message.Message):
     __slots__ = ("worker", "pid")

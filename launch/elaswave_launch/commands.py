@@ -119,7 +119,6 @@ def controller_arguments(launch: Launch, place: Place) -> tuple[str, ...]:
         "resume-from": launch.resume_from or "",
         "log-cap": options.log_cap_bytes,
         "link-transport": options.link_transport,
-        "link-host": options.link_host,
         "node-suspect-s": options.node_suspect_s,
         "store-log": place.run_dir / "store.log",
         "shutdown-limit-s": max(0.5, options.shutdown_timeout_s - 0.5),
@@ -153,6 +152,7 @@ def agent_arguments(launch: Launch, place: Place, rank: int) -> tuple[str, ...]:
         "master-addr": options.host,
         "master-port": place.master_port,
         "max-restarts": config.max_restarts,
+        "link-host": options.link_host,
     }
     flags = [f"--{name}={value}" for name, value in values.items()]
     flags.append("--spawn" if options.start == "spawn" else f"--zygote={options.zygote or _zygote_socket(place)}")

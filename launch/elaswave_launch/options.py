@@ -52,6 +52,8 @@ class LaunchOptions:
     """0: any free port."""
 
     link_host: str
+    """Where workers of this machine accept links; empty: where the controller's answers arrive."""
+
     log_dir: Path | None
     shown_ranks: frozenset[int]
     report: Path | None
@@ -82,7 +84,7 @@ class LaunchOptions:
     @property
     def is_reachable(self) -> bool:
         """Whether other machines can reach the controller or workers of the job."""
-        return not is_loopback(self.host) or not is_loopback(self.link_host)
+        return not is_loopback(self.host) or bool(self.link_host and not is_loopback(self.link_host))
 
 
 def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
@@ -114,7 +116,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         first_node=node_rank,
         host=host,
         port=port,
-        link_host=parsed.text("local_addr") or ("127.0.0.1" if standalone or is_loopback(host) else ""),
+        link_host=parsed.text("local_addr"),
         log_dir=_path(parsed, "log_dir"),
         shown_ranks=_ranks(parsed.text("local_ranks_filter")),
         report=_path(parsed, "report"),

@@ -11,7 +11,7 @@ from elaswave.errors import ConfigError
 from elaswave.process_start import Program
 from elaswave_agent.options import parse_options
 
-NEEDED = ("--controller", "h:1", "--node", "n0", "--workers", "2", "--spawn", "--run-dir", "/run")
+NEEDED = ("--controller", "127.0.0.1:1", "--node", "n0", "--workers", "2", "--spawn", "--run-dir", "/run")
 
 
 def test_everything_after_the_first_dashes_is_the_scripts() -> None:

@@ -2,7 +2,6 @@
 
 import os
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -10,49 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from network_namespaces import Machine, two_machines
 
 HOSTS = ("10.203.77.1", "10.203.77.2")
 LIMIT_S = 30.0
 
 
-def ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
-
-
 @pytest.fixture
-def namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a cable between them."""
-    if shutil.which("ip") is None:
-        pytest.skip("there is no ip command to make network namespaces with")
-    names = (f"elaswave{os.getpid()}a", f"elaswave{os.getpid()}b")
-    made: list[str] = []
-    try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-                made.append(name)
-            ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
-        except OSError as error:
-            pytest.skip(f"network namespaces are not permitted here: {error}")
-        for name, host in zip(names, HOSTS, strict=True):
-            ip("-n", name, "address", "add", f"{host}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-        yield names
-    finally:
-        for name in made:
-            ip("netns", "del", name)
+def machines() -> Iterator[tuple[Machine, Machine]]:
+    with two_machines(HOSTS) as made:
+        yield made
 
 
 class Rank:
-    """A process of cut_link_rank.py in a namespace."""
+    """A process of cut_link_rank.py on a machine."""
 
-    def __init__(self, rank: int, namespace: str, limits: tuple[float, float]) -> None:
+    def __init__(self, rank: int, machine: Machine, limits: tuple[float, float]) -> None:
         script = str(Path(__file__).with_name("cut_link_rank.py"))
-        arguments = [str(rank), HOSTS[rank], *map(str, limits)]
+        arguments = [str(rank), machine.host, *map(str, limits)]
         self.process = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, sys.executable, "-u", script, *arguments],
+            [*machine.inside, sys.executable, "-u", script, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -87,17 +63,17 @@ class Rank:
     ids=["user timeout", "timeout of the operation"],
 )
 def test_a_cut_in_the_middle_of_an_all_reduce_is_an_error_in_time(
-    namespaces: tuple[str, str], user_timeout_s: float, operation_s: float, named: str
+    machines: tuple[Machine, Machine], user_timeout_s: float, operation_s: float, named: str
 ) -> None:
     limits = (user_timeout_s, operation_s)
-    ranks = [Rank(rank, name, limits) for rank, name in enumerate(namespaces)]
+    ranks = [Rank(rank, machine, limits) for rank, machine in enumerate(machines)]
     try:
         addresses = [rank.line() for rank in ranks]
         for rank, address in zip(ranks, reversed(addresses), strict=True):
             rank.hear(address)
         for rank in ranks:
             assert rank.line() == rank.line() == "added"
-        ip("-n", namespaces[0], "link", "set", "cable", "down")
+        machines[0].cut()
         for number, rank in enumerate(ranks):
             failure = rank.failure()
             assert failure.startswith(named), failure

@@ -1,6 +1,7 @@
 """Certificates made for a test by the openssl command."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from elaswave.certificates import TlsFiles
@@ -22,16 +23,30 @@ class Authority:
             *("-subj", f"/CN={name}", "-keyout", self._key, "-out", self.certificate),
         )
 
-    def issue(self, name: str, days: int = 2) -> TlsFiles:
-        """A worker's files; of a negative number of days: expired."""
+    def issue(self, name: str, days: int = 2, hosts: Sequence[str] = ()) -> TlsFiles:
+        """A machine's files, for these numeric addresses; of a negative number of days: expired."""
         stem = self._folder / f"{self._name}-{name}"
         request, key, certificate = (f"{stem}.{suffix}" for suffix in ("csr", "key", "pem"))
         _openssl(
             *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"),
             *("-keyout", key, "-out", request),
         )
+        names = self._folder / "names.cnf"
+        names.write_text("subjectAltName=" + ",".join(f"IP:{host}" for host in hosts) if hosts else "", "ascii")
         _openssl(
-            *("x509", "-req", "-in", request, "-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial"),
+            *(
+                "x509",
+                "-req",
+                "-extfile",
+                str(names),
+                "-in",
+                request,
+                "-CA",
+                self.certificate,
+                "-CAkey",
+                self._key,
+                "-CAcreateserial",
+            ),
             *("-days", str(days), "-out", certificate),
         )
         return TlsFiles(certificate=certificate, key=key, authority=self.certificate)

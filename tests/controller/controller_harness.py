@@ -70,9 +70,11 @@ class FakeAgent:
         self._channel = aio.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))
         self.call = AgentServiceStub(self._channel).Attach(metadata=(("elaswave-token", token),))
 
-    async def hello(self, node: str = "a", workers: int = 2, host: str | None = None) -> None:
+    async def hello(
+        self, node: str = "a", workers: int = 2, host: str | None = None, link_host: str = "127.0.0.1"
+    ) -> None:
         host = socket.gethostname() if host is None else host
-        await self.send(hello=pb.AgentHello(node=node, workers=workers, pid=1, host=host))
+        await self.send(hello=pb.AgentHello(node=node, workers=workers, pid=1, host=host, link_host=link_host))
 
     async def send(self, **body: object) -> None:
         await self.call.write(pb.AttachRequest(**body))  # type: ignore[arg-type]

@@ -59,14 +59,14 @@ def test_settings_hold_what_the_flags_said(tmp_path: Path) -> None:
     async def body() -> pb.Settings:
         more = {"unbuffered": True, "log_cap_bytes": 5, "save_dir": tmp_path, "link_transport": "tcp"}
         async with controller(starting, **more) as running:
-            agent = await running.agent(host="elsewhere")
+            agent = await running.agent(link_host="10.9.8.7")
             assert await agent.receive_kinds(1) == ["start 0"]
             return (await agent.receive()).to_worker.message.settings
 
     settings = run(body())
     assert (settings.worker, settings.node, settings.token) == (0, "a", "t" * 32)
     assert (settings.unbuffered, settings.log_cap_bytes, settings.save_dir) == (True, 5, str(tmp_path))
-    assert (settings.link_transport, settings.link_host) == ("tcp", "elsewhere")
+    assert (settings.link_transport, settings.link_host) == ("tcp", "10.9.8.7")
 
 
 def test_a_dead_agent_is_lost_at_once_and_a_leaving_one_is_clean() -> None:

@@ -107,14 +107,19 @@ class Job:
     """A running launcher. Use `Ground.start`; ended by `Ground`'s end at the latest."""
 
     def __init__(
-        self, arguments: Sequence[str], work: Path, environment: dict[str, str], report: Path, limit_s: float
+        self,
+        arguments: Sequence[str],
+        work: Path,
+        environment: dict[str, str],
+        report: Path,
+        limit_s: float,
     ) -> None:
         self._limit_s = limit_s
         self._work = work
         self._report = report
         self._started_at = time.monotonic()
         self.process = subprocess.Popen(
-            (sys.executable, "-m", "elaswave_launch.cli", *arguments),
+            arguments,
             cwd=work,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -228,14 +233,17 @@ class Ground:
         *,
         script: Path = SCRIPT,
         limit_s: float = LIMIT_S,
+        inside: Sequence[str] = (),
     ) -> Job:
-        """Start a launcher; each run has its own log folder and report."""
+        """Start a launcher; each run has its own log folder and report. inside: the command is put before it."""
         folder = self.work / f"run{len(self._jobs)}"
         folder.mkdir()
         report = folder / "report.json"
         zygote = [] if self._resident is None else [f"--zygote={self._resident.socket}"]
         shards = f"--shard-elements={CHUNK_ELEMENTS}"  # small, so that every worker owns something
         arguments = [
+            *inside,
+            *(sys.executable, "-m", "elaswave_launch.cli"),
             *flags,
             shards,
             *zygote,

@@ -80,8 +80,10 @@ CASES = [
     ([*ONE, "--token-file", "script.py"], "must hold at least 16 printable characters"),
     # endpoints
     (["--rdzv-endpoint", "localhost:99999"], "endpoint localhost:99999: must be HOST:PORT with a port from 0 to 65535"),
-    (["--rdzv-endpoint", "no.such.host.invalid:1"], "endpoint no.such.host.invalid:1: cannot resolve"),
-    (["--rdzv-endpoint", "192.0.2.1:4000"], "endpoint 192.0.2.1:4000: cannot listen there (Cannot assign requested"),
+    (["--plaintext", "--rdzv-endpoint", "no.such.host.invalid:1"], "endpoint no.such.host.invalid:1: cannot resolve"),
+    (["--rdzv-endpoint", "192.0.2.1:4000"], "192.0.2.1 can be reached from other machines: set ELASWAVE"),
+    ([*ONE, "--local-addr", "192.0.2.1"], "192.0.2.1 can be reached from other machines"),
+    (["--plaintext", "--rdzv-endpoint", "192.0.2.1:4000"], "endpoint 192.0.2.1:4000: cannot listen there (Cannot"),
     (["--nnodes", "2", "--node-rank", "2", "--master-addr", "h"], "--node-rank 2: must be below --nnodes 2"),
     (["--nnodes", "2", "--master-addr", "h"], "a job on several nodes needs --rdzv-id NAME"),
     (["--nnodes", "2", "--master-addr", "localhost", "--rdzv-id", "x"], "needs a secret that all nodes share"),

@@ -1,0 +1,77 @@
+"""Jobs on two machines, as far as the network goes: everything between them is TLS, and the cable may be cut."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Ground, Job, assert_same_training
+from tiny_job import TinyOptions
+
+from elaswave.certificates import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, TlsFiles
+from tests.comm.network_namespaces import Machine, two_machines
+from tests.comm.tls_authority import Authority
+
+HOSTS = ("10.203.78.1", "10.203.78.2")
+PORT = 29500
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command to make certificates with")
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Machine, Machine]]:
+    """With certificates for both."""
+    show(monkeypatch, Authority(tmp_path, "ours").issue("both", hosts=HOSTS))
+    with two_machines(HOSTS) as made:
+        yield made
+
+
+def show(monkeypatch: pytest.MonkeyPatch, files: TlsFiles) -> None:
+    """Jobs that are started from now on have these."""
+    monkeypatch.setenv(CERTIFICATE_VARIABLE, files.certificate)
+    monkeypatch.setenv(KEY_VARIABLE, files.key)
+    monkeypatch.setenv(AUTHORITY_VARIABLE, files.authority)
+
+
+def start(ground: Ground, machine: Machine, options: TinyOptions, *flags: str) -> Job:
+    """The same command on both, but for the rank."""
+    token = ground.work / "token"
+    token.write_text("t" * 32)
+    common = ("--nnodes=2", "--nproc-per-node=2", "--dp=2", "--pp=2", "--rdzv-id=pair", f"--token-file={token}")
+    where = (f"--rdzv-endpoint={HOSTS[0]}:{PORT}", f"--node-rank={HOSTS.index(machine.host)}")
+    return ground.start([*common, *where, *flags], options.flags(), inside=machine.inside)
+
+
+def test_a_job_on_two_machines_loses_a_worker(ground: Ground, machines: tuple[Machine, Machine]) -> None:
+    options = TinyOptions()
+    injection = "--inject=kill:worker=1,step=3,phase=backward"
+    first, second = (start(ground, machine, options, injection) for machine in machines)
+    ended = first.wait()
+    assert_same_training(ended, options)
+    assert second.wait().exit_code == 0
+    assert [incident.workers for incident in ended.need_report().incidents] == [{1}]
+    ground.check_nothing_left()
+
+
+def test_a_machine_whose_cable_is_cut_is_lost_and_the_other_goes_on(
+    ground: Ground, machines: tuple[Machine, Machine]
+) -> None:
+    options = TinyOptions(steps=60)
+    first, second = (start(ground, machine, options, "--node-suspect-s=1.5") for machine in machines)
+    first.wait_line(r"step \d+/60 ", count=2)
+    machines[1].cut()
+    ended = first.wait()
+    assert_same_training(ended, options)
+    [incident] = ended.need_report().incidents
+    assert incident.workers == {2, 3}
+    assert second.process.poll() is None, "it waits for its controller to come back"
+
+
+def test_a_machine_with_certificates_of_another_authority_ends_and_says_why(
+    ground: Ground, machines: tuple[Machine, Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(ground, machines[0], TinyOptions())
+    show(monkeypatch, Authority(tmp_path, "theirs").issue("stranger", hosts=HOSTS))
+    ended = start(ground, machines[1], TinyOptions()).wait()
+    assert ended.exit_code == 1
+    assert "the controller's certificate will not do" in ended.err, ended.story()
