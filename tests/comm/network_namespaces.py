@@ -28,6 +28,18 @@ class Machine:
         """Pull the cable out: nothing is told to either side."""
         _ip("-n", self.namespace, "link", "set", "cable", "down")
 
+    def reset_connections(self, other: "Machine", spared_port: int) -> int:
+        """Break the TCP connections with the other one, but for those of a port; how many there were.
+
+        Skips the test where the kernel cannot do that (CONFIG_INET_DIAG_DESTROY).
+        """
+        ends = ("dst", other.host, "and", "sport", "!=", str(spared_port), "and", "dport", "!=", str(spared_port))
+        command = (*self.inside, "ss", "--kill", "--tcp", "--numeric", "--no-header", *ends)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        if done.returncode or done.stderr:
+            pytest.skip(f"connections cannot be reset here: {done.stderr.strip()}")
+        return len(done.stdout.splitlines())
+
 
 @contextmanager
 def two_machines(hosts: Sequence[str]) -> Iterator[tuple[Machine, Machine]]:

@@ -67,6 +67,25 @@ def test_a_machine_whose_cable_is_cut_is_lost_and_the_other_goes_on(
     assert second.process.poll() is None, "it waits for its controller to come back"
 
 
+@pytest.mark.parametrize("more", [[], ["--unbuffered"]], ids=["buffered", "unbuffered"])
+def test_links_that_break_between_living_workers_cost_no_bit(
+    ground: Ground, machines: tuple[Machine, Machine], more: list[str]
+) -> None:
+    """Again and again, and one worker dies on the way; frames that were under way are lost each time."""
+    options = TinyOptions(steps=60, dropout=0.1)
+    flags = ("--inject=kill:worker=3,step=40", *more)
+    first, second = (start(ground, machine, options, *flags) for machine in machines)
+    broken = 0
+    for round_number in range(10):
+        first.wait_line(rf"step \d+/{options.steps} ", count=2 + round_number // 5)
+        broken += machines[round_number % 2].reset_connections(machines[1 - round_number % 2], PORT)
+    ended = first.wait()
+    assert broken > 0, "nothing was broken"
+    assert_same_training(ended, options)
+    assert [incident.workers for incident in ended.need_report().incidents] == [{3}]
+    assert second.wait().exit_code == 0
+
+
 def test_a_machine_with_certificates_of_another_authority_ends_and_says_why(
     ground: Ground, machines: tuple[Machine, Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
