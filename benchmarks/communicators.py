@@ -197,7 +197,9 @@ def edit_rows(name: str, trials: Sequence[Trial]) -> list[Row]:
         "ranks connect to the store": [trial.connected for trial in trials],
     }
     rows = [Row(what=f"{name}: {what}", unit="ms", figures=figures) for what, figures in times.items()]
-    rows.append(Row(what=f"{name}: links made", unit="links", figures=[trial.links for trial in trials]))
+    rows.append(
+        Row(what=f"{name}: connections dialled, two a link", unit="dials", figures=[trial.links for trial in trials])
+    )
     rows.append(
         Row(
             what=f"{name}: edit / undisturbed",

@@ -42,6 +42,9 @@ NO_PAYLOAD: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 Deliver = Callable[[int, bytes, NDArray[np.uint8]], None]
 """Takes kind, meta and payload of one frame."""
 
+Reserve = Callable[[int], NDArray[np.uint8]]
+"""Gives memory for a payload of so many bytes, which starts at a multiple of 64. Raises MemoryError."""
+
 Borrow = Callable[[bytes, int], NDArray[np.uint8]]
 """Finds a payload in shared memory by its description, at most so many bytes. Raises PeerError."""
 
@@ -81,9 +84,13 @@ def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
 
     numpy and torch.empty cost the same here; numpy asks for huge pages from 4 MiB on and keeps torch out of links.
     """
-    raw = np.empty(nbytes + ALIGNMENT_BYTES - 1, dtype=np.uint8)
-    start = -int(raw.ctypes.data) % ALIGNMENT_BYTES
-    return raw[start : start + nbytes]
+    return aligned(np.empty(nbytes + ALIGNMENT_BYTES - 1, dtype=np.uint8), nbytes)
+
+
+def aligned(block: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
+    """The first `nbytes` bytes of a longer block that start at a multiple of 64."""
+    start = -int(block.ctypes.data) % ALIGNMENT_BYTES
+    return block[start : start + nbytes]
 
 
 class FrameReader:
@@ -94,12 +101,22 @@ class FrameReader:
     """
 
     def __init__(
-        self, payload_limit_bytes: int, deliver: Deliver, borrow: Borrow | None = None, *, checksums: bool = False
+        self,
+        payload_limit_bytes: int,
+        deliver: Deliver,
+        borrow: Borrow | None = None,
+        *,
+        checksums: bool = False,
+        reserve: Reserve | None = None,
     ) -> None:
-        """`borrow`: None where frames may not refer to shared memory. checksums: frames without one are refused."""
+        """`borrow`: None where frames may not refer to shared memory. checksums: frames without one are refused.
+
+        reserve: where payloads get their memory, whose length has been checked; None: always fresh.
+        """
         self._limit = payload_limit_bytes
         self._deliver = deliver
         self._borrow = borrow
+        self._reserve = reserve
         self._staging = memoryview(bytearray(STAGING_BYTES))
         self._start = 0
         self._end = 0  # bytes received and not yet used are staging[start:end]
@@ -208,7 +225,8 @@ class FrameReader:
     def _begin_payload(self, payload_at: int) -> None:
         here = min(self._payload_bytes, self._end - payload_at)
         try:
-            self._payload = aligned_buffer(self._payload_bytes)
+            reserve = self._reserve or aligned_buffer
+            self._payload = reserve(self._payload_bytes)
         except MemoryError as error:
             raise LinkClosed(f"no memory for a payload of {self._payload_bytes} bytes; the link is closed") from error
         view = self._payload.data

@@ -13,6 +13,7 @@ from elaswave.comm.inbox import ConnectionRefused, LinksFailed, LinkSink, PeerCl
 from elaswave.comm.incoming import Ending, Incoming, Listener
 from elaswave.comm.loop import Loop
 from elaswave.comm.outgoing import Outgoing
+from elaswave.comm.receive_memory import ReceiveMemory
 from elaswave.comm.shared_payloads import PayloadPool, PeerMemory
 from elaswave.comm.statistics import LinkStatistics, TrafficCounter
 from elaswave.core.ids import WorkerId
@@ -48,6 +49,7 @@ class Switchboard:
         self._payload_limit_bytes = payload_limit_bytes
         self._options = options
         self._pool = pool
+        self._memory = ReceiveMemory()
         self._current = current  # the outgoing link in use with a peer
         self._outgoing: set[Outgoing] = set()
         self._incoming: dict[WorkerId, Incoming] = {}
@@ -95,7 +97,8 @@ class Switchboard:
         shares = self._pool is not None and opened.family == socket.AF_UNIX
         borrow = PeerMemory(process_behind(opened)).borrow if shares else None
         checksums = self._options.checksums
-        reader = FrameReader(self._payload_limit_bytes, self._deliverer(peer), borrow, checksums=checksums)
+        deliver, reserve = self._deliverer(peer), self._memory.take
+        reader = FrameReader(self._payload_limit_bytes, deliver, borrow, checksums=checksums, reserve=reserve)
         incoming = Incoming(peer, opened, self, reader)
         self._incoming[peer] = incoming
         self._accepted += 1

@@ -4,13 +4,15 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from elaswave.comm.collectives.commands import Collective, Receive
 from elaswave.comm.collectives.composed import acknowledged
 from elaswave.comm.collectives.grid import grid_all_reduce, halved_all_reduce
 from elaswave.comm.collectives.reduction import add
-from elaswave.comm.collectives.tree import tree_all_reduce
+from elaswave.comm.collectives.tree import FAN_OUT, parent_of, tree_all_reduce
 from elaswave.comm.communicator import AGREEMENT, NO_STAKE, without
 from elaswave.comm.operation import Operation
 from elaswave.core.ids import WorkerId
@@ -150,6 +152,20 @@ def test_members_that_leave_are_replaced_by_the_last() -> None:
     assert without(members, [WorkerId(1)]) == (0, 5, 2, 3, 4)
     assert without(members, [WorkerId(5)]) == (0, 1, 2, 3, 4)
     assert without(members, [WorkerId(0), WorkerId(5)]) == (4, 1, 2, 3)
+
+
+@given(st.integers(2, 200), st.data())
+def test_a_removed_member_costs_a_tree_four_links_at_most(size: int, data: st.DataObject) -> None:
+    members = tuple(WorkerId(worker) for worker in range(size))
+    gone = data.draw(st.sampled_from(members))
+    made = links_of(without(members, [gone])) - links_of(members)
+    assert len(made) <= FAN_OUT + 1
+    assert not any(gone in link for link in made)
+
+
+def links_of(members: tuple[WorkerId, ...]) -> set[frozenset[WorkerId]]:
+    """Of a tree of these members."""
+    return {frozenset((members[rank], members[parent_of(rank)])) for rank in range(1, len(members))}
 
 
 def test_an_operation_of_another_length_is_an_error_that_names_both() -> None:

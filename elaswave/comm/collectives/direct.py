@@ -34,11 +34,16 @@ def direct_reduce_scatter(
     ranks = range(size) if ranks is None else ranks
     for other in others_from(place, size):
         yield Send(ranks[other], segments[other])
-    total = mine if place == 0 else (yield Receive(ranks[0], mine))
-    for other in range(1, size):
-        combine(total, mine if other == place else (yield Receive(ranks[other], mine)))
-    if place:
-        mine.copy_(total)
+    total: Tensor | None = None
+    for other in range(size):
+        if other == place:
+            if total is not None:
+                combine(mine, total)  # the other way round than in order: combinations of two are commutative
+            total = mine
+        elif total is None:
+            total = yield Receive(ranks[other], mine)
+        else:
+            combine(total, (yield Receive(ranks[other], mine)))
 
 
 def direct_all_gather(place: int, segments: Sequence[Tensor], ranks: Sequence[int] | None = None) -> Collective:

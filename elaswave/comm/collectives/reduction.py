@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Combine = Callable[[Tensor, Tensor], object]
-"""Changes the first tensor into the combination of both; same dtype and length."""
+"""Changes the first tensor into the combination of both; same dtype and length. Commutative, not always associative."""
 
 
 def add(into: Tensor, other: Tensor) -> None:
