@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from elaswave.comm.collectives.agreement import Standing, agree, hand_over
-from elaswave.comm.collectives.commands import NO_ANSWER, Await, Collective, Held, Receive, Send
+from elaswave.comm.collectives.commands import NO_ANSWER, Await, Collective, Held, Placed, Receive, Send
+from elaswave.comm.kept_result import KeptResult
 from elaswave.comm.operation import Operation
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, DeadlineExceeded, ElasWaveError, EpochChanged, ProtocolError
@@ -91,7 +92,7 @@ class Communicator:
         self._completed = 0
         self._next = 1
         self._joined = False
-        self._kept: Tensor | None = None
+        self._kept = KeptResult()
         self._arrived: dict[tuple[int, int, WorkerId], deque[Tensor]] = {}
         self.sends_kept = False
         """The operation that sends now is not acknowledged: it may end before what it has sent has left."""
@@ -209,6 +210,9 @@ class Communicator:
                 match command:
                     case Send():
                         self._transmit(self.members[command.rank], self, operation.number, command.tensor)
+                    case Placed():
+                        if operation.keep:
+                            operation.placed.append(command)
                     case Held():
                         operation.held = True
                     case Receive():
@@ -261,15 +265,8 @@ class Communicator:
     def _complete(self, operation: Operation) -> None:
         self._queue.popleft()
         self._completed = operation.number
-        self._keep(operation.result if operation.keep else None)
+        self._kept.replace(operation.result if operation.keep else None, operation.placed)
         self._end(operation, None)
-
-    def _keep(self, result: Tensor | None) -> None:
-        kept = self._kept
-        if result is None or kept is None or kept.dtype != result.dtype or kept.numel() != result.numel():
-            self._kept = None if result is None else result.clone()
-        else:
-            kept.copy_(result)  # memory that was never used before costs more than the copy
 
     def fail(self, error: ElasWaveError) -> None:
         """What is under way cannot go on for another reason than an edit: nor can what follows, until the next edit."""
@@ -361,7 +358,7 @@ class Communicator:
         mine = Standing(
             completed=self._completed,
             holder=rank,
-            kept_bytes=0 if self._kept is None else self._kept.nbytes,
+            kept_bytes=self._kept.nbytes,
             reachable=NOTHING_MISSED if self._joined else self._completed + (head is not None and head.held),
             stake=self.stake(),
         )
@@ -393,8 +390,8 @@ class Communicator:
             )
         if missed is not None:
             return missed.view(torch.uint8)
-        if self._kept is not None and self._completed == whole.completed:
-            return self._kept.view(torch.uint8)
+        if self._completed == whole.completed:
+            return self._kept.whole()
         return torch.empty(whole.kept_bytes, dtype=torch.uint8)  # to be passed on
 
     def _settle(self, last: int) -> None:

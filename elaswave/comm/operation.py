@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from elaswave.comm.collectives.commands import Await, Collective, Receive
+from elaswave.comm.collectives.commands import Await, Collective, Placed, Receive
 from elaswave.errors import ElasWaveError
 
 Callback = Callable[["Operation"], None]
@@ -26,6 +26,7 @@ class Operation:
         "keep",
         "name",
         "number",
+        "placed",
         "result",
     )
 
@@ -40,6 +41,7 @@ class Operation:
         self.keep = keep
         self.number = -1
         self.held = False
+        self.placed: list[Placed] = []  # parts of the result to be kept that are here apart from it
         self.awaited: Receive | Await | None = None
         self.error: ElasWaveError | None = None
         self.finished = False

@@ -26,6 +26,14 @@ class Receive:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """`received` was copied to `place`, a part of the result: who keeps the result may keep `received` for it."""
+
+    place: Tensor
+    received: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """From here on this rank has its result, whatever becomes of the others: only acknowledgements follow."""
 
@@ -39,7 +47,7 @@ class Await:
     word: Callable[[], Word]
 
 
-Command = Send | Receive | Held | Await
+Command = Send | Receive | Placed | Held | Await
 
 Collective = Generator[Command, Tensor, None]
 """The driver answers a Receive with a tensor that nobody else uses, and the others with `NO_ANSWER`."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from elaswave.comm.collectives.commands import Collective, Receive, Send
+from elaswave.comm.collectives.commands import Collective, Placed, Receive, Send
 from elaswave.comm.collectives.reduction import Combine
 
 
@@ -53,7 +53,9 @@ def direct_all_gather(place: int, segments: Sequence[Tensor], ranks: Sequence[in
     for other in others_from(place, size):
         yield Send(ranks[other], segments[place])
     for other in reversed(others_from(place, size)):
-        segments[other].copy_((yield Receive(ranks[other], segments[other])))
+        received = yield Receive(ranks[other], segments[other])
+        segments[other].copy_(received)
+        yield Placed(segments[other], received)
 
 
 def direct_scatter(rank: int, root: int, outgoing: Sequence[Tensor], incoming: Tensor) -> Collective:

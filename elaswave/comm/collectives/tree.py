@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elaswave.comm.collectives.commands import Collective, Receive, Send
+from elaswave.comm.collectives.commands import Collective, Placed, Receive, Send
 from elaswave.comm.collectives.reduction import Combine, split
 
 FAN_OUT = 3
@@ -34,7 +34,9 @@ def tree_reduce(rank: int, size: int, tensor: Tensor, combine: Combine) -> Colle
 def tree_broadcast(rank: int, size: int, tensor: Tensor) -> Collective:
     """Every rank gets the tensor of rank 0."""
     if rank:
-        tensor.copy_((yield Receive(parent_of(rank), tensor)))
+        received = yield Receive(parent_of(rank), tensor)
+        tensor.copy_(received)
+        yield Placed(tensor, received)
     for child in children_of(rank, size):
         yield Send(child, tensor)
 
