@@ -26,6 +26,7 @@ _NEWS_LIMIT_S = 2.0  # for the last message of a controller that has ended
 _LEAVE_LIMIT_S = 4.0  # agents end their workers within 3 s of the controller's word
 _AGENT_GRACE_S = 3.0
 _SIGNAL_GRACE_S = 0.4  # with --shutdown-timeout 4, everything has ended within 5 s of a signal
+_NOTICE_S = 5.0  # without a word of the controller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +95,11 @@ class Supervision:
 
     async def _watch(self) -> None:
         operator = Operator(self._address, self._token, self._tls)
+        text = f"waiting for the controller at {self._address}"
+        notice = asyncio.get_running_loop().call_later(_NOTICE_S, self._display.print_line, text)
         try:
             async for item in operator.watch():
+                notice.cancel()
                 self._display.show(item)
                 if isinstance(item, Finished):
                     self._finished = item
@@ -103,6 +107,7 @@ class Supervision:
         except PeerError as error:
             self._lost_news = str(error)
         finally:
+            notice.cancel()
             await operator.close()
 
     async def _first_ending(self, watching: asyncio.Task[None]) -> Ending | None:

@@ -262,9 +262,9 @@ class Ground:
         self.check_nothing_left()
         return ended
 
-    def operate(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run the `elaswave` command on the job of this place."""
-        command = (sys.executable, "-m", "elaswave_launch.operator", *arguments)
+    def operate(self, *arguments: str, inside: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """Run the `elaswave` command on the job of this place. inside: is put before it."""
+        command = (*inside, sys.executable, "-m", "elaswave_launch.operator", *arguments)
         return subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
         )

@@ -1,5 +1,6 @@
 """Jobs on two machines, as far as the network goes: everything between them is TLS, and the cable may be cut."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,9 @@ def test_a_machine_whose_cable_is_cut_is_lost_and_the_other_goes_on(
     options = TinyOptions(steps=60)
     first, second = (start(ground, machine, options, "--node-suspect-s=1.5") for machine in machines)
     first.wait_line(r"step \d+/60 ", count=2)
+    status = ground.operate("status", "--json", inside=machines[0].inside)
+    assert status.returncode == 0, status.stderr
+    assert {worker["node"] for worker in json.loads(status.stdout)["workers"]} == {"node0", "node1"}
     machines[1].cut()
     ended = first.wait()
     assert_same_training(ended, options)

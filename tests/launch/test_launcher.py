@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -164,6 +165,21 @@ def test_a_second_signal_ends_the_patience(place: Place) -> None:
         process.send_signal(signal.SIGINT)
         assert end(process)[0] == 128 + signal.SIGINT
         assert all_gone(members, 0.5)
+
+
+def test_who_waits_for_the_controller_is_told_so_and_can_be_interrupted(place: Place) -> None:
+    token = place.script("t" * 32, "token")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = ("--rdzv-endpoint", f"127.0.0.1:{taken.getsockname()[1]}", "--rdzv-id", "x", "--token-file", token)
+        taken.close()
+        flags = ("--nnodes", "2", "--node-rank", "1", "--start", "spawn", *where)
+        process = popen(place, *flags, place.script(WAITS))
+    members = family(process.pid)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("waiting for the controller at 127.0.0.1:")
+    process.send_signal(signal.SIGINT)
+    assert end(process)[0] == 128 + signal.SIGINT
+    assert all_gone(members, 0.5)
 
 
 def test_kill_minus_nine_of_the_launcher_leaves_no_process(place: Place) -> None:

@@ -23,6 +23,9 @@ from elaswave.core.planner.initial import initial_plan, make_shape
 from elaswave.core.planner.loss import plan_loss
 from elaswave.errors import ConfigError
 
+START_NOTICE_S = 10.0
+"""Seconds after the first agent came in which nobody wonders yet what a start waits for."""
+
 LINK_GRACE_S = 1.0
 """Seconds in which the death of a peer, if that is the cause, is told by its agent."""
 
@@ -40,6 +43,7 @@ class LifecycleControl(AdvanceControl):
         self.nodes[event.node] = event.workers
         if self.start_limit is None and not started:
             self.start_limit = self.now + self.config.start_limit_s
+            self.start_notice = self.now + START_NOTICE_S
         if started:
             self._start_node(event.node)
         elif len(self.nodes) == self.config.nnodes:
@@ -132,7 +136,7 @@ class LifecycleControl(AdvanceControl):
             reduce=self.config.reduce,
         )
         self.next_step = self.job.start_step
-        self.start_limit = None
+        self.start_limit = self.start_notice = None
         self.last_step_at = self.now
         for record in chosen:
             record.move(Trigger.ADMITTED)
@@ -248,11 +252,22 @@ class LifecycleControl(AdvanceControl):
                 del self.broken_links[peer]
                 if self.workers[peer].state is WorkerState.MEMBER and not (self.plan and self.plan.finished):
                     self.effects.append(ShowLine(text=text))
+        if self.start_notice is not None and self.start_notice <= self.now:
+            self.start_notice = None
+            limit = f"waiting up to {self.config.start_limit_s:g} s"
+            self.effects.append(ShowLine(text=f"{limit} for {self._start_lacks()}"))
         if self.start_limit is not None and self.start_limit <= self.now:
-            waiting = ", ".join(r.name for r in self.alive() if r.state is WorkerState.STARTING) or "agents"
-            self.end(1, f"not ready within {self.config.start_limit_s:g} s: {waiting}")
+            self.end(1, f"not ready within {self.config.start_limit_s:g} s: {self._start_lacks()}")
         if self.end_limit is not None and self.end_limit <= self.now:
             self.end(0, "")
+
+    def _start_lacks(self) -> str:
+        """Whom the start of the job waits for."""
+        missing = self.config.nnodes - len(self.nodes)
+        if missing > 0:
+            here = ", ".join(sorted(self.nodes)) or "none"
+            return f"{missing} of {self.config.nnodes} nodes (here: {here})"
+        return ", ".join(record.name for record in self.alive() if record.state is WorkerState.STARTING)
 
     def worker_failed(self, event: WorkerFailed) -> None:
         """The user's code, or ours, raised: the job cannot go on."""

@@ -45,6 +45,7 @@ class ControllerState:
         self.checkpoints: dict[Step, dict[ShardId, str]] = {}
         self.committed = False
         self.start_limit: float | None = None
+        self.start_notice: float | None = None
         self.end_limit: float | None = None
         self.no_epoch = Epoch(0)
 
@@ -115,5 +116,6 @@ class ControllerState:
     def next_deadline(self) -> float | None:
         """When a Tick is wanted at the latest."""
         links = (due for due, _ in self.broken_links.values())
-        limits = [*links, self.start_limit, self.end_limit, *(record.fence_at for record in self.workers.values())]
+        starts = (self.start_limit, self.start_notice)
+        limits = [*links, *starts, self.end_limit, *(record.fence_at for record in self.workers.values())]
         return min((limit for limit in limits if limit is not None), default=None)
