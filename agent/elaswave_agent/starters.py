@@ -31,6 +31,9 @@ CONNECT_LIMIT_S: Final = 10.0
 FORK_LIMIT_S: Final = 120.0
 """A first start waits for the zygote's import of torch, from a cold disk and beside other nodes'."""
 
+TIE_LIMIT_S: Final = 60.0
+"""A fresh interpreter imports a little of ours before it ties itself: milliseconds, but from a cold disk."""
+
 _RETRY_S = 0.02
 _READ_BYTES = 65536
 _MAX_DESCRIPTORS = 16
@@ -101,28 +104,67 @@ class SpawnStarter:
     """A fresh interpreter for each worker: slow to start, needs nothing."""
 
     async def start(self, request: StartRequest) -> StartedProcess:
-        """Start at once. The child ties itself to this process (elaswave.runtime.bootstrap)."""
-        program = request.program
-        command = [sys.executable, "-P", "-m", "elaswave.runtime.bootstrap", "--parent-pid", str(os.getpid())]
-        command += ["--module"] if program.is_module else []
-        command += ["--", program.target, *program.arguments]
+        """Returns when the child has tied itself to this process (elaswave.runtime.bootstrap), or has ended.
+
+        Before, nobody hears of it: stopped then, it would outlive an agent that is killed.
+        """
+        told, tells = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            with ExitStack() as files:
-                process = subprocess.Popen(
-                    command,
-                    env=dict(request.environment),
-                    cwd=request.working_directory,
-                    stdin=subprocess.DEVNULL,
-                    stdout=files.enter_context(open(request.stdout, "ab")),
-                    stderr=files.enter_context(open(request.stderr, "ab")),
-                )
+            process = self._spawn(request, tells)
+        except OSError as error:
+            os.close(told)
+            raise StartFailed(f"worker {request.worker} cannot be started: {error}") from error
+        finally:
+            os.close(tells)
+        try:
+            async with asyncio.timeout(TIE_LIMIT_S):
+                await _readable(told)
             # Our own child and not waited for: the pid cannot be another's.
             return _Spawned(process, os.pidfd_open(process.pid))
-        except OSError as error:
-            raise StartFailed(f"worker {request.worker} cannot be started: {error}") from error
+        except BaseException as error:
+            process.kill()
+            process.wait()
+            if isinstance(error, OSError):  # a timeout, too
+                raise StartFailed(f"worker {request.worker} did not start in {TIE_LIMIT_S:g} s: {error}") from error
+            raise
+        finally:
+            os.close(told)
+
+    def _spawn(self, request: StartRequest, tells: int) -> "subprocess.Popen[bytes]":
+        program = request.program
+        command = [sys.executable, "-P", "-m", "elaswave.runtime.bootstrap", "--parent-pid", str(os.getpid())]
+        command += ["--tied-fd", str(tells)]
+        command += ["--module"] if program.is_module else []
+        command += ["--", program.target, *program.arguments]
+        with ExitStack() as files:
+            return subprocess.Popen(
+                command,
+                env=dict(request.environment),
+                cwd=request.working_directory,
+                stdin=subprocess.DEVNULL,
+                stdout=files.enter_context(open(request.stdout, "ab")),
+                stderr=files.enter_context(open(request.stderr, "ab")),
+                pass_fds=(tells,),
+            )
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+async def _readable(descriptor: int) -> None:
+    """Until something can be read there, or its other end is closed."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        loop.remove_reader(descriptor)
+        ready.set_result(None)
+
+    loop.add_reader(descriptor, tell)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
 
 
 # ------------------------------------------------------------------ fork

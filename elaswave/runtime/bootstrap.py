@@ -1,6 +1,7 @@
 """From a bare process to the user's script running as `__main__`: shared by forked and spawned workers.
 
-As a program (`python -m elaswave.runtime.bootstrap --parent-pid N [--module] -- TARGET ARGS`) it is the spawn start.
+As a program (`python -m elaswave.runtime.bootstrap --parent-pid N --tied-fd D [--module] -- TARGET ARGS`) it is the
+spawn start; it closes descriptor D when its life is tied to the parent's.
 
 A worker makes no session or process group of its own: what its starter's group is told by a terminal or by
 `kill -- -PGID` reaches it too. Nothing depends on that when something dies, as every process is tied to its parent by
@@ -216,9 +217,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     target, *rest = given[place + 1 :]
     parser = argparse.ArgumentParser(prog="python -m elaswave.runtime.bootstrap")
     parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--tied-fd", type=int, required=True)
     parser.add_argument("--module", action="store_true")
     options = parser.parse_args(given[:place])
     end_with_parent(options.parent_pid)
+    os.close(options.tied_fd)  # the parent waits for it
     be_ordinary()
     run_worker(Program(target=target, arguments=tuple(rest), is_module=options.module))
 

@@ -212,6 +212,23 @@ def test_sigstop_is_suspected_within_a_second_and_cleared_by_sigcont(site: Site)
     asyncio.run(scenario())
 
 
+def test_worker_that_is_stopped_as_soon_as_it_is_known_does_not_outlive_its_agent(site: Site) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address, str(WORKER), "wait") as agent:
+                controller.start_worker(await controller.attached(), 0)
+                worker = psutil.Process((await controller.one(WorkerStarted, 0)).pid)
+                worker.suspend()
+                agent.send(signal.SIGKILL)
+                await agent.wait_in_loop()
+                _, alive = psutil.wait_procs([worker], timeout=5.0)
+                for process in alive:
+                    process.kill()
+                assert not alive
+
+    asyncio.run(scenario())
+
+
 def test_fence_kills_a_stopped_worker_and_confirms_also_afterwards(site: Site) -> None:
     async def scenario() -> None:
         async with running_controller() as controller:
