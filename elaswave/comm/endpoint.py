@@ -4,8 +4,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -84,6 +84,7 @@ class Endpoint:
         self._until = 0.0  # then it looks at deadlines again
         self._calls: deque[tuple[Callback, Operation]] = deque()  # of what has ended
         self._changed = threading.Condition()
+        self._sleepers = 0  # threads that wait for a change, or are about to
         self._thread: threading.Thread | None = None
         self._failure: ElasWaveError | None = None
         self._closed = False
@@ -267,9 +268,11 @@ class Endpoint:
 
     def poll(self) -> None:
         """Handle what is here without waiting, unless another thread drives anyway."""
-        with self._seat() as mine:
-            if mine:
+        if self._take_seat():
+            try:
                 self._turn(time.monotonic())
+            finally:
+                self._leave_seat()
 
     def wake(self) -> None:
         """Have whoever drives look again at what it waits for. Any thread."""
@@ -352,29 +355,45 @@ class Endpoint:
         """Run everything until `is_done()`. Raises DeadlineExceeded, and what the links failed with."""
         while not is_done():
             self._check(deadline, what)
-            with self._seat() as mine:
-                while mine and not is_done() and not self._calls:
-                    self._check(deadline, what)
-                    self._turn(deadline)
-            with self._changed:
-                if not mine and self._driving.locked() and not is_done():
-                    self._changed.wait(max(0.0, deadline - time.monotonic()))
+            if self._take_seat():
+                try:
+                    while not is_done() and not self._calls:
+                        self._check(deadline, what)
+                        self._turn(deadline)
+                finally:
+                    self._leave_seat()
+            else:
+                self._sleep(lambda: not self._driving.locked() or is_done(), deadline)
 
-    @contextmanager
-    def _seat(self) -> Iterator[bool]:
-        """Whether this thread is the one to drive meanwhile. Callbacks are called at its end, whatever ends it."""
+    def _take_seat(self) -> bool:
+        """Whether this thread is the one to drive from here on; then it has to leave the seat."""
         if not self._driving.acquire(blocking=False):
-            yield False
-            return
+            return False
         self._driver = threading.get_ident()
-        try:
-            yield True
-        finally:
-            self._driver = 0
-            self._driving.release()
+        return True
+
+    def _leave_seat(self) -> None:
+        """Somebody else may drive. Calls the callbacks of what has ended."""
+        self._driver = 0
+        self._driving.release()
+        self._wake_sleepers()
+        self._call()
+
+    def _sleep(self, is_over: Callable[[], bool], deadline: float) -> None:
+        """Until the next change, while another thread drives; not at all where `is_over` says so already."""
+        with self._changed:
+            self._sleepers += 1
+            try:
+                if not is_over():
+                    self._changed.wait(max(0.0, deadline - time.monotonic()))
+            finally:
+                self._sleepers -= 1
+
+    def _wake_sleepers(self) -> None:
+        """Something has changed. Who is about to sleep either is counted already, or looks after this change."""
+        if self._sleepers:
             with self._changed:
                 self._changed.notify_all()
-            self._call()
 
     def _check(self, deadline: float, what: str) -> None:
         if self._failure is not None:
@@ -384,29 +403,29 @@ class Endpoint:
 
     def _turn(self, deadline: float) -> None:
         """Wait for something and handle it. This thread has the seat."""
-        now = time.monotonic()
         with self._state:
-            limits = [found.earliest_deadline() for found in self._communicators.values()]
-            memory = [found.awaited_memory() for found in self._communicators.values()]
-            until = self._until = min([deadline, *(limit for limit in limits if limit is not None)])
-        awaited = [found for found in memory if found is not None]
+            busy = [found for found in self._communicators.values() if not found.idle]
+            limits = [limit for found in busy if (limit := found.earliest_deadline()) is not None]
+            awaited = [memory for found in busy if (memory := found.awaited_memory()) is not None]
+            until = self._until = min([deadline, *limits])
         if awaited:
             # Frames come in by the links' own thread meanwhile; among them the news that ends this wait for good.
             self._inbox.wait_with(awaited, until)
         else:
-            self._inbox.wait(max(now, until))
+            self._inbox.wait(until)
         items = self._inbox.take_all()
         with self._state:
             for item in items:
                 self._take(item)
-            for communicator in self._communicators.values():
-                communicator.look()
+            if awaited:
+                for communicator in self._communicators.values():
+                    communicator.look()
             now = time.monotonic()
-            for communicator in self._communicators.values():
-                communicator.expire(now)
+            if now >= until:
+                for communicator in self._communicators.values():
+                    communicator.expire(now)
         if items:
-            with self._changed:
-                self._changed.notify_all()  # what another thread waits for need not be an operation
+            self._wake_sleepers()  # what another thread waits for need not be an operation
         try:
             for item in items:
                 self._tell(item)
@@ -472,8 +491,7 @@ class Endpoint:
                     self._calls.extend((callback, operation) for callback in operation.callbacks)
                 communicator.finished.clear()
         if ended:
-            with self._changed:
-                self._changed.notify_all()
+            self._wake_sleepers()
         if self._driver != threading.get_ident():
             self._call()
 
@@ -507,7 +525,11 @@ class Endpoint:
 
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: is_over() or (self._busy() and not self._driving.locked()))
+                self._sleepers += 1
+                try:
+                    self._changed.wait_for(lambda: is_over() or (self._busy() and not self._driving.locked()))
+                finally:
+                    self._sleepers -= 1
                 if is_over():
                     return
             try:

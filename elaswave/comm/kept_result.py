@@ -30,7 +30,10 @@ class KeptResult:
         if result is None:
             return
         content = result.view(torch.uint8)
-        received = _by_start(content, placed)
+        received = _by_start(content, placed) if placed else []
+        if not received:
+            self._parts.append(self._room(content.numel())[: content.numel()].copy_(content))
+            return
         cuts = [0, *(edge for start, part in received for edge in (start, start + part.numel())), content.numel()]
         gaps = list(zip(cuts[::2], cuts[1::2], strict=True))
         room = self._room(sum(stop - start for start, stop in gaps))
