@@ -13,6 +13,9 @@ from elaswave.certificates import TlsFiles, read_pem
 
 ChannelOptions = Sequence[tuple[str, int]]
 
+KEEPALIVE_S = 3.0
+"""A connection is kept while nothing is heard of it for so long, and for longer where a node may be silent longer."""
+
 
 def open_channel(address: str, tls: TlsFiles | None, options: ChannelOptions) -> aio.Channel:
     """A channel to HOST:PORT; connects when it is used. Raises ConfigError where a file of `tls` will not do."""

@@ -48,6 +48,7 @@ class Agent:
                 node=options.node,
                 token=token,
                 limit_s=options.controller_limit_s,
+                silence_s=options.node_suspect_s,
                 tls=options.tls,
             ),
             self._greeting,

@@ -46,6 +46,9 @@ class AgentOptions:
     controller_limit_s: float
     """How long the controller may be away; after that all workers are ended."""
 
+    node_suspect_s: float = 3.0
+    """Silence after which the controller counts this node as lost."""
+
     link_host: str = ""
     """Where workers of this node accept links; empty: where the controller's answers arrive."""
 
@@ -88,6 +91,7 @@ def parse_options(arguments: Sequence[str]) -> AgentOptions:
         master_port=found.master_port,
         max_restarts=found.max_restarts,
         controller_limit_s=found.controller_limit_s,
+        node_suspect_s=found.node_suspect_s,
         link_host=found.link_host,
         tls=needed_files(os.environ) if found.tls else None,
     )
@@ -131,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--master-port", type=int, default=29500, metavar="PORT")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N")
     parser.add_argument("--controller-limit-s", type=float, default=300.0, metavar="SECONDS")
+    parser.add_argument("--node-suspect-s", type=float, default=3.0, metavar="SECONDS")
     parser.add_argument("--link-host", default="", metavar="HOST", help="where workers accept links over TCP")
     parser.add_argument("--tls", action="store_true", help="call the controller with the files of ELASWAVE_TLS_*")
     parser.add_argument("--module", action="store_true", help="SCRIPT is a module name")

@@ -16,6 +16,7 @@ from typing import Final
 from grpc import aio
 
 from elaswave.certificates import TlsFiles
+from elaswave.control_channel import KEEPALIVE_S
 from elaswave.core.ids import NodeId
 from elaswave.errors import FaultError
 from elaswave_agent.orders import Order
@@ -43,13 +44,14 @@ _BACKOFF_LAST_S = 1.0
 class StreamSettings:
     """Where the controller is and who asks. `limit_s`: how long it may be away before the agent gives up.
 
-    tls: None for plain text.
+    silence_s: how long the connection is kept while nothing is heard. tls: None for plain text.
     """
 
     controller: str
     node: NodeId
     token: str
     limit_s: float
+    silence_s: float = KEEPALIVE_S
     tls: TlsFiles | None = None
 
 
@@ -113,7 +115,7 @@ class ControllerStream:
 
     async def _run_stream(self) -> str:
         """One stream from hello to its end; returns why it ended."""
-        channel = open_stream_channel(self._settings.controller, self._settings.tls)
+        channel = open_stream_channel(self._settings.controller, self._settings.tls, self._settings.silence_s)
         call = attach(channel, self._settings.token)
         tasks = [
             asyncio.create_task(work) for work in (self._write_all(call), self._read_all(call), self._beat_while_open())

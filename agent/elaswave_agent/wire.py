@@ -6,7 +6,7 @@ from grpc import aio
 from elaswave._pb import control_pb2
 from elaswave._pb.control_pb2_grpc import AgentServiceStub
 from elaswave.certificates import AUTHORITY_VARIABLE, TlsFiles
-from elaswave.control_channel import open_channel
+from elaswave.control_channel import KEEPALIVE_S, open_channel
 from elaswave.core.events import FenceWorker, StartWorker, WorkerFailed
 from elaswave.core.ids import NodeId, WorkerId
 from elaswave.core.injection import Injection
@@ -33,7 +33,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -51,9 +50,13 @@ _REFUSALS = (
 _CERTIFICATE_SIGNS = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed")
 
 
-def open_stream_channel(address: str, tls: TlsFiles | None) -> aio.Channel:
-    """A channel to the controller at HOST:PORT; connects when it is used. ConfigError where TLS files will not do."""
-    return open_channel(address, tls, _CHANNEL_OPTIONS)
+def open_stream_channel(address: str, tls: TlsFiles | None, silence_s: float) -> aio.Channel:
+    """A channel to the controller at HOST:PORT; connects when it is used. ConfigError where TLS files will not do.
+
+    silence_s: how long a connection of which nothing is heard is kept: a shorter cut of the network costs nothing.
+    """
+    keepalive = ("grpc.keepalive_timeout_ms", int(1000 * max(silence_s, KEEPALIVE_S)))
+    return open_channel(address, tls, (*_CHANNEL_OPTIONS, keepalive))
 
 
 def attach(channel: aio.Channel, token: str) -> Call:

@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 import grpc
 from grpc import aio
 
-from elaswave.control_channel import add_port
+from elaswave.control_channel import KEEPALIVE_S, add_port
 from elaswave.core.events import AgentAttached, AgentLost, StopRequested, WorkerStarted
 from elaswave.core.status import Finished
 from elaswave.errors import ConfigError, ProtocolError
@@ -51,7 +51,6 @@ _OPTIONS = (
     ("grpc.max_send_message_length", 64 << 20),
     # Keepalive finds cut hosts; beats are the authority for everything else (a stopped process still acknowledges).
     ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.max_pings_without_data", 0),
@@ -79,7 +78,8 @@ class Server:
 
 async def start_server(options: ControllerOptions, shell: Shell) -> Server:
     """Listen at the host and port of `options`. Raises ConfigError where that is not possible."""
-    server = aio.server(options=_OPTIONS)
+    keepalive = ("grpc.keepalive_timeout_ms", int(1000 * max(options.node_suspect_s, KEEPALIVE_S)))
+    server = aio.server(options=(*_OPTIONS, keepalive))
     agents = AgentService(options, shell)
     add_AgentServiceServicer_to_server(agents, server)
     add_OperatorServiceServicer_to_server(OperatorService(options, shell), server)

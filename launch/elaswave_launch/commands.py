@@ -152,6 +152,7 @@ def agent_arguments(launch: Launch, place: Place, rank: int) -> tuple[str, ...]:
         "master-addr": options.host,
         "master-port": place.master_port,
         "max-restarts": config.max_restarts,
+        "node-suspect-s": options.node_suspect_s,
         "link-host": options.link_host,
     }
     flags = [f"--{name}={value}" for name, value in values.items()]

@@ -26,6 +26,7 @@ _NEWS_LIMIT_S = 2.0  # for the last message of a controller that has ended
 _LEAVE_LIMIT_S = 4.0  # agents end their workers within 3 s of the controller's word
 _AGENT_GRACE_S = 3.0
 _SIGNAL_GRACE_S = 0.4  # with --shutdown-timeout 4, everything has ended within 5 s of a signal
+_WATCH_AGAIN_S = 0.5  # pause before a lost stream is opened again
 _NOTICE_S = 5.0  # without a word of the controller
 
 
@@ -94,9 +95,18 @@ class Supervision:
         self._signalled.clear()
 
     async def _watch(self) -> None:
-        operator = Operator(self._address, self._token, self._tls)
+        """Until the job has finished. A stream that was cut off is opened again."""
         text = f"waiting for the controller at {self._address}"
         notice = asyncio.get_running_loop().call_later(_NOTICE_S, self._display.print_line, text)
+        try:
+            while self._finished is None:
+                await self._watch_once(notice)
+                await asyncio.sleep(0.0 if self._finished else _WATCH_AGAIN_S)
+        finally:
+            notice.cancel()
+
+    async def _watch_once(self, notice: asyncio.TimerHandle) -> None:
+        operator = Operator(self._address, self._token, self._tls)
         try:
             async for item in operator.watch():
                 notice.cancel()
@@ -107,7 +117,6 @@ class Supervision:
         except PeerError as error:
             self._lost_news = str(error)
         finally:
-            notice.cancel()
             await operator.close()
 
     async def _first_ending(self, watching: asyncio.Task[None]) -> Ending | None:

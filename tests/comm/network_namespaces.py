@@ -28,6 +28,10 @@ class Machine:
         """Pull the cable out: nothing is told to either side."""
         _ip("-n", self.namespace, "link", "set", "cable", "down")
 
+    def mend(self) -> None:
+        """Plug the cable in again."""
+        _ip("-n", self.namespace, "link", "set", "cable", "up")
+
     def reset_connections(self, other: "Machine", spared_port: int) -> int:
         """Break the TCP connections with the other one, but for those of a port; how many there were.
 

@@ -1,7 +1,9 @@
 """Jobs on two machines, as far as the network goes: everything between them is TLS, and the cable may be cut."""
 
+import contextlib
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,37 @@ def test_a_machine_whose_cable_is_cut_is_lost_and_the_other_goes_on(
     [incident] = ended.need_report().incidents
     assert incident.workers == {2, 3}
     assert second.process.poll() is None, "it waits for its controller to come back"
+
+
+def test_a_machine_that_was_cut_off_comes_back(ground: Ground, machines: tuple[Machine, Machine]) -> None:
+    options = TinyOptions(steps=100)
+    first, second = (start(ground, machine, options, "--node-suspect-s=1.5") for machine in machines)
+    first.wait_line(rf"step \d+/{options.steps} ", count=2)
+    machines[1].cut()
+    first.wait_line("incident: node lost")
+    machines[1].mend()
+    first.wait_line("incident: join", count=2)
+    ended = first.wait()
+    assert_same_training(ended, options)
+    assert second.wait().exit_code == 0, "it hears how the job has ended"
+    ground.check_nothing_left()
+
+
+def test_a_cut_shorter_than_the_patience_costs_nothing_but_time(
+    ground: Ground, machines: tuple[Machine, Machine]
+) -> None:
+    options = TinyOptions(steps=40)
+    first, second = (start(ground, machine, options, "--node-suspect-s=30") for machine in machines)
+    first.wait_line(rf"step \d+/{options.steps} ")
+    machines[1].cut()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        first.process.wait(2.0)
+    assert first.process.poll() is None
+    machines[1].mend()
+    ended = first.wait()
+    assert_same_training(ended, options)
+    assert not ended.need_report().incidents
+    assert second.wait().exit_code == 0
 
 
 @pytest.mark.parametrize("more", [[], ["--unbuffered"]], ids=["buffered", "unbuffered"])
