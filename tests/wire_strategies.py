@@ -115,7 +115,7 @@ supervision_events = st.one_of(
     built(
         events.WorkerSuspected,
         **observed,
-        cause=st.sampled_from(["stopped", "zombie", "disk-sleep", "no-progress"]),
+        cause=st.sampled_from(["stopped", "zombie", "disk-sleep", "no-progress", "killed"]),
         evidence=line,
     ),
     built(events.WorkerCleared, worker=uint32, evidence=line),

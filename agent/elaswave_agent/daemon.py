@@ -22,7 +22,8 @@ from elaswave_agent.starters import FallbackStarter, ForkStarter, ProcessStarter
 from elaswave_agent.stream import ControllerStream, StreamSettings
 from elaswave_agent.supervisor import Supervisor
 
-SWEEP_PERIOD_S = 0.25
+GLANCE_PERIOD_S = 0.01
+GLANCES_PER_SWEEP = 25
 LEAVE_LIMIT_S = 1.0
 
 
@@ -110,7 +111,9 @@ class Agent:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_PERIOD_S)
+            for _ in range(GLANCES_PER_SWEEP):
+                await asyncio.sleep(GLANCE_PERIOD_S)
+                self._supervisor.notice_dying()
             self._supervisor.sweep()
 
     # -------------------------------------------------------------- told by the supervisor

@@ -29,9 +29,10 @@ from elaswave.errors import FaultError, ProtocolError
 from elaswave.process_start import StartRequest
 from elaswave.progress import ProgressReader
 from elaswave.wire import SupervisionEvent
+from elaswave_agent.process_stat import ProcessStat
 from elaswave_agent.sockets import MAX_UNREAD_BYTES, Connection
 from elaswave_agent.starters import ExitStatus, ProcessStarter, StartedProcess
-from elaswave_agent.watch import Memory, Sample, Suspect, WatchLimits, look
+from elaswave_agent.watch import KILLED, Memory, Sample, Suspect, WatchLimits, look
 
 STATUS_LIMIT_S: Final = 5.0
 """A process that has ended is reaped at once; this only bounds the wait for a stuck zygote."""
@@ -66,6 +67,10 @@ class _Worker:
     page: ProgressReader
     process: StartedProcess | None = None
     inspector: psutil.Process | None = None
+    stat: ProcessStat | None = None
+    dying: bool = False
+    """The kernel was seen ending it: nothing else is to be found out."""
+
     connection: Connection | None = None
     left: bool = False
     """Its link has ended: it needs no more messages."""
@@ -190,19 +195,34 @@ class Supervisor:
     def sweep(self) -> None:
         """Look at every worker once; to be called four times a second."""
         for worker, found in self._workers.items():
-            if found.inspector is not None:
+            if found.inspector is not None and not found.dying:
                 self._look(worker, found, found.inspector)
 
+    def notice_dying(self) -> None:
+        """Suspect workers that the kernel has begun to end; to be called as often as a loss is to be noticed soon."""
+        for worker, found in self._workers.items():
+            if found.stat is not None and not found.dying and found.stat.is_dying():
+                found.dying = True
+                if found.memory.suspected is None and not self._ending:
+                    self._tell_dying(worker, found)
+
     async def end_all(self) -> None:
-        """End all workers: SIGTERM, after TERMINATE_LIMIT_S SIGKILL. Raises FaultError where one stays."""
+        """End all workers: SIGTERM, after TERMINATE_LIMIT_S SIGKILL. Raises FaultError where one stays.
+
+        One that the kernel is still ending after KILL_LIMIT_S, to free its memory, is left to it.
+        """
         self._ending = True
         await self._signal_all(signal.SIGTERM, TERMINATE_LIMIT_S)
         await self._signal_all(signal.SIGKILL, KILL_LIMIT_S)
         # Ends starts that are still under way, and is the zygote's order to kill what it started for us.
         self._starter.close()
+        self.notice_dying()
         await self._await_ends(KILL_LIMIT_S)
+        stay = sorted(worker for worker, found in self._workers.items() if not found.dying)
+        if stay:
+            raise FaultError(f"workers {stay} did not end within {KILL_LIMIT_S} s of SIGKILL")
         if self._workers:
-            raise FaultError(f"workers {sorted(self._workers)} did not end within {KILL_LIMIT_S} s of SIGKILL")
+            self._listener.note(f"workers {sorted(self._workers)} are still being ended by the kernel")
 
     async def _signal_all(self, number: signal.Signals, limit_s: float) -> None:
         for worker in self._workers:
@@ -213,7 +233,8 @@ class Supervisor:
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 for found in list(self._workers.values()):
-                    await found.ended.wait()
+                    if not found.dying:
+                        await found.ended.wait()
 
     def _look(self, worker: WorkerId, found: _Worker, inspector: psutil.Process) -> None:
         now = time.monotonic()
@@ -228,11 +249,18 @@ class Supervisor:
             Sample(now=now, state=state, signs=found.page.signs(), cpu_s=times.user + times.system),
             self._limits,
         )
-        if verdict is None:
-            return
-        if not isinstance(verdict, Suspect):
+        if isinstance(verdict, Suspect):
+            self._suspect(worker, found, verdict, now)
+        elif verdict is not None:
             self._listener.event(WorkerCleared(worker=worker, evidence=verdict.evidence))
-            return
+
+    def _tell_dying(self, worker: WorkerId, found: _Worker) -> None:
+        now = time.monotonic()
+        if found.connection is not None:
+            found.connection.drain()  # what it said before: less is done again
+        self._suspect(worker, found, Suspect(cause=KILLED, evidence="the kernel is ending the process"), now)
+
+    def _suspect(self, worker: WorkerId, found: _Worker, verdict: Suspect, now: float) -> None:
         progress, last_alive_at = found.page.read()
         self._listener.event(
             WorkerSuspected(
@@ -256,7 +284,8 @@ class Supervisor:
             self._finish(found, ExitStatus(exit_code=1), time.monotonic())
             return
         found.process = process
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            found.stat = ProcessStat.open(process.pid)
             found.inspector = psutil.Process(process.pid)
         self._listener.event(WorkerStarted(worker=worker, pid=process.pid))
         for number in found.signals:
@@ -289,6 +318,9 @@ class Supervisor:
             found.connection.close()  # a child of the worker holds the other end open
         progress, last_alive_at = found.page.read()
         found.page.close()
+        if found.stat is not None:
+            found.stat.close()
+            found.stat = None
         del self._workers[worker]
         self._exited[worker] = WorkerExited(
             worker=worker,

@@ -17,6 +17,9 @@ ZOMBIE: Final = "zombie"
 DISK_SLEEP: Final = "disk-sleep"
 NO_PROGRESS: Final = "no-progress"
 
+KILLED: Final = "killed"
+"""The kernel is ending it (elaswave_agent.process_stat)."""
+
 # Process states by the names of psutil.
 _STATE_STOPPED = "stopped"
 _STATE_TRACED = "tracing-stop"

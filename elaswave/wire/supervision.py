@@ -28,7 +28,7 @@ Order = StartWorker | FenceWorker
 Command = control_pb2.PlanDelta | Injection | StopRequested | WorkerSettings
 """What a worker is told; settings come first, once."""
 
-SUSPICION_CAUSES = ("stopped", "zombie", "disk-sleep", "no-progress")
+SUSPICION_CAUSES = ("stopped", "zombie", "disk-sleep", "no-progress", "killed")
 _MAX_MASK_BYTES = checks.MAX_MICRO_BATCHES // 8
 _MAX_SIGNAL = 64
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PLAIN_INTERVAL_S = 1.0
 _SPEED_STEPS = 20
 _UNKNOWN = -1.0  # a phase of an incident that is not known
-_DEAD_STATES = ("dead", "exited", "lost", "fenced", "gone")
+_AWAY_STATES = ("suspected", "fenced", "gone")
 
 
 class Progress:
@@ -57,7 +57,7 @@ class Progress:
             if speed := self.tokens_per_second():
                 parts.append(f"{speed:.0f} tokens/s")
         if status is not None and status.workers:
-            alive = sum(1 for worker in status.workers if worker.pid and worker.state not in _DEAD_STATES)
+            alive = sum(1 for worker in status.workers if worker.pid and worker.state not in _AWAY_STATES)
             parts += [f"{alive} worker{'' if alive == 1 else 's'}", f"epoch {status.epoch}"]
         return "  ".join(parts)
 

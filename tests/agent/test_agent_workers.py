@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from agent_harness import WORKER, Attached, Controller, Site, python_environment, running_controller, watching
+from agent_harness import LIMIT_S, WORKER, Attached, Controller, Site, python_environment, running_controller, watching
 
 from elaswave.core.events import (
     StopRequested,
@@ -26,6 +26,7 @@ from elaswave.core.ids import NodeId, Step, WorkerId
 from elaswave.core.injection import Injection
 from elaswave.core.settings import WorkerSettings
 from elaswave.handshake import Role, encode_hello
+from held_end import held_end
 
 
 def run_script(
@@ -188,6 +189,44 @@ def test_sigkill_is_seen_at_once_with_the_last_progress(site: Site) -> None:
                 assert (exited.exit_code, exited.signal) == (0, signal.SIGKILL)
                 assert (exited.progress.step, exited.progress.phase) == (7, "forward")
                 assert (exited.progress.forward_begun, exited.progress.forward_done) == (1 << 3, 0)
+
+    asyncio.run(scenario())
+
+
+def test_killed_worker_is_suspected_before_the_kernel_has_ended_it(site: Site) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address):
+                stream = await controller.attached()
+                pid = await _serving(controller, stream, 0)
+                with held_end(pid) as wait_for_begin:
+                    killed_at = time.monotonic()
+                    os.kill(pid, signal.SIGKILL)
+                    suspected = await controller.one(WorkerSuspected, 0)
+                    assert time.monotonic() - killed_at < 0.25
+                    assert suspected.cause == "killed"
+                    assert suspected.progress.step == 7
+                    wait_for_begin(LIMIT_S)
+                    assert not controller.all(WorkerExited)
+                assert (await controller.one(WorkerExited, 0)).signal == signal.SIGKILL
+                assert len(controller.all(WorkerSuspected)) == 1
+                assert not controller.all(WorkerCleared)
+
+    asyncio.run(scenario())
+
+
+def test_agent_ends_before_the_kernel_has_ended_its_worker(site: Site) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            with site.agent(controller.address) as agent:
+                stream = await controller.attached()
+                pid = await _serving(controller, stream, 0)
+                with held_end(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    await controller.one(WorkerSuspected, 0)
+                    controller.shut_down(stream)
+                    assert await agent.wait_in_loop() == 0
+                assert stream.left
 
     asyncio.run(scenario())
 

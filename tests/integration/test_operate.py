@@ -4,8 +4,10 @@ import json
 
 import psutil
 import pytest
-from harness import Ground, Job, oracle
+from harness import Ground, Job, assert_same_training, oracle
 from tiny_job import TinyOptions
+
+from held_end import held_end
 
 GRID = ["--standalone", "--nproc-per-node=6", "--dp=3", "--pp=2", "--replicas=2"]
 ENDLESS = TinyOptions(steps=100_000)
@@ -86,6 +88,24 @@ def test_faults_injected_from_outside(ground: Ground) -> None:
     compared = min(report.steps, COMPARED_STEPS)
     assert report.losses[:compared] == oracle(TinyOptions(steps=compared)).losses
     assert [found.cause for found in report.incidents] == ["killed", "stopped", "join"]
+
+
+def test_a_killed_worker_is_replaced_only_when_the_kernel_has_ended_it(ground: Ground) -> None:
+    """Its work moves at once, whatever memory it leaves; a new process needs that memory."""
+    options = TinyOptions(steps=60)
+    job = ground.start([*GRID, "--max-restarts=1"], [*options.flags(), "--print-steps=1"])
+    job.wait_line("tiny step 2$")
+    pid = int(str(workers_of(status(ground))[1]["pid"]))
+    with held_end(pid):
+        psutil.Process(pid).kill()
+        job.wait_line("incident: killed, worker 1")
+        job.wait_line(r"step \d+/60 .* 5 workers")
+        assert max(workers_of(status(ground))) == 5
+    job.wait_line("incident: join, worker 6")
+    ended = job.wait()
+    ground.check_nothing_left()
+    assert_same_training(ended, options)
+    assert [found.cause for found in ended.need_report().incidents] == ["killed", "join"]
 
 
 def test_wrong_arguments_are_refused(ground: Ground) -> None:
