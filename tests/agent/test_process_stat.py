@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from held_end import held_end
 
 from elaswave_agent.process_stat import ProcessStat, is_dying
+from held_end import held_end
 
 LIMIT_S = 30.0
 
