@@ -1,4 +1,4 @@
-"""Detection: how soon SIGSTOP is recognised, and whether training beside busy loops raises a false alarm.
+"""Detection: how soon SIGSTOP, and the kill of a worker with much memory, are recognised; false alarms.
 
     python benchmarks/detection.py [--quick] [--json FILE]
 
@@ -7,6 +7,9 @@ when the agent notices it by the state of the process. The report counts from th
 be up to half a second before the signal where the worker waited for others; the table takes the time from the signal
 until the first instruction that somebody else runs in its place, which is the later and the more useful moment, beside
 the report's detect_s. After each trial the stopped worker is killed, so that its restart need not wait for its fencing.
+
+A killed process has ended, for its pidfd and its sockets, only when its memory is freed; so the same is done with
+SIGKILL where every worker holds --gib GiB besides.
 
 For false alarms the same job trains beside busy loops: any incident, and any worker that is seen in a state other than
 "member", is an alarm.
@@ -71,6 +74,37 @@ def stop_rows(place: Place, trials: int, options: Options) -> tuple[list[Row], l
     return rows, [f"failure: {text}" for text in failures]
 
 
+def kill_rows(place: Place, kills: int, gib: float, options: Options) -> tuple[list[Row], list[str]]:
+    """SIGKILL of workers that hold a lot of memory."""
+    emulation = Emulation(dp=4, pp=2, nnodes=4, restarts=kills, ballast_gib=gib)
+    failures: list[str] = []
+    campaign = Campaign(
+        place=place,
+        emulation=emulation,
+        number=signal.SIGKILL,
+        count=kills,
+        generator=random.Random(options.seed),
+        failures=failures,
+    )
+    detect: list[float] = []
+    ended: list[float] = []
+    resume: list[float] = []
+    for story in campaign.run():
+        records = Records(story.records)
+        for fault in story.faults:
+            detect.append(1e3 * fault.incident.detect_s)
+            ended += [1e3 * fault.ended_s] if fault.ended_s is not None else []
+            facts = Loss(executions_around(story, fault, emulation, records), fault.worker, fault.at).facts()
+            resume += [1e3 * facts.resume_s] if facts is not None else []
+    what = f"SIGKILL of a worker with {gib:g} GiB"
+    rows = [
+        Row(what=f"{what} to first instruction in its place (records)", unit="ms", figures=resume),
+        Row(what="last sign of life to noticed (report)", unit="ms", figures=detect),
+        Row(what="SIGKILL to the end of the process (pidfd)", unit="ms", figures=ended),
+    ]
+    return rows, [f"failure: {text}" for text in failures]
+
+
 def count_alarms(job: Job, workers: int, seconds: float) -> tuple[int, int]:
     """Train for this long: (false alarms, steps)."""
     first = job.wait_steady(workers, 1, START_LIMIT_S)
@@ -113,6 +147,8 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, metavar="N", help="training beside busy loops (default: 10; quick: 0.5)"
     )
+    parser.add_argument("--kills", type=int, metavar="N", help="SIGKILLs (default: 8, with --quick 1)")
+    parser.add_argument("--gib", type=float, default=1.0, help="memory of each worker that is killed (default: 1)")
     parser.add_argument("--loops", type=int, default=2, metavar="N", help="busy loops (default: 2)")
     found = parser.parse_args()
     trials = found.trials or (2 if found.quick else 10)
@@ -120,6 +156,9 @@ def main() -> None:
     options = options_of("detection", found)
     with make_place() as place:
         rows, notes = stop_rows(place, trials, options)
+        more, failures = kill_rows(place, found.kills or (1 if found.quick else 8), found.gib, options)
+        rows += more
+        notes += failures
         rows += alarm_rows(place, 60 * minutes, found.loops)
     options.finish(rows, notes)
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -25,13 +26,19 @@ BACK_LIMIT_S = 60.0
 SETTLE_STEPS = 12
 """Steps under one plan before a fault: they are what it is compared with."""
 
+END_LIMIT_S = 30.0
+"""For the kernel to end a killed process."""
+
 HANDS_OFF_S = 0.5
 """After a fault nobody asks the controller anything, so as not to disturb what is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emulation:
-    """Layout and device times of a job. hop_ms: one direction of one micro-batch through one stage."""
+    """Layout, device times and memory of a job.
+
+    hop_ms: one direction of one micro-batch through one stage. ballast_gib: what each worker holds besides.
+    """
 
     dp: int
     pp: int
@@ -40,6 +47,7 @@ class Emulation:
     micro_batches: int = 16
     hop_ms: float = 10.0
     restarts: int = 0
+    ballast_gib: float = 0.0
 
     @property
     def workers(self) -> int:
@@ -59,17 +67,22 @@ class Emulation:
         return (
             *(f"--layers={self.layers}", f"--micro-batches={self.micro_batches}", f"--steps={steps}"),
             *(f"--forward-ms={layer_ms}", f"--backward-ms={layer_ms}", f"--records={records}"),
+            f"--ballast-gib={self.ballast_gib}",
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One signal. at: CLOCK_MONOTONIC seconds. status: just before it. incident: what the job made of it."""
+    """One signal. at: CLOCK_MONOTONIC seconds. status: just before it. incident: what the job made of it.
+
+    ended_s: seconds until the process had ended; None where it did not soon.
+    """
 
     worker: int
     at: float
     status: JobStatus
     incident: Incident
+    ended_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,13 +144,19 @@ class Campaign:
         emulation = self.emulation
         step_s = 2e-3 * emulation.hop_ms * (emulation.micro_batches / emulation.dp + emulation.pp)
         time.sleep(self.generator.uniform(0.0, 2 * step_s))
-        at = time.monotonic()
-        os.kill(victim.pid, self.number)
-        time.sleep(HANDS_OFF_S)
+        pidfd = os.pidfd_open(victim.pid)
+        try:
+            at = time.monotonic()
+            signal.pidfd_send_signal(pidfd, self.number)
+            ended = select.select([pidfd], [], [], END_LIMIT_S if self.number == signal.SIGKILL else HANDS_OFF_S)[0]
+            ended_s = time.monotonic() - at
+        finally:
+            os.close(pidfd)
+        time.sleep(max(0.0, HANDS_OFF_S - ended_s))
         incident = job.wait_incident(victim.worker, BACK_LIMIT_S)
         if self.number == signal.SIGSTOP:
             os.kill(victim.pid, signal.SIGKILL)  # its fencing some seconds later is not what is measured
-        return Fault(worker=victim.worker, at=at, status=status, incident=incident)
+        return Fault(worker=victim.worker, at=at, status=status, incident=incident, ended_s=ended_s if ended else None)
 
 
 def executions_around(story: Story, fault: Fault, emulation: Emulation, records: Records) -> list[Execution]:

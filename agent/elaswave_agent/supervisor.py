@@ -27,9 +27,9 @@ from elaswave.core.events import (
 from elaswave.core.ids import WorkerId
 from elaswave.errors import FaultError, ProtocolError
 from elaswave.process_start import StartRequest
+from elaswave.process_stat import Life, ProcessStat
 from elaswave.progress import ProgressReader
 from elaswave.wire import SupervisionEvent
-from elaswave_agent.process_stat import ProcessStat
 from elaswave_agent.sockets import MAX_UNREAD_BYTES, Connection
 from elaswave_agent.starters import ExitStatus, ProcessStarter, StartedProcess
 from elaswave_agent.watch import KILLED, Memory, Sample, Suspect, WatchLimits, look
@@ -201,7 +201,7 @@ class Supervisor:
     def notice_dying(self) -> None:
         """Suspect workers that the kernel has begun to end; to be called as often as a loss is to be noticed soon."""
         for worker, found in self._workers.items():
-            if found.stat is not None and not found.dying and found.stat.is_dying():
+            if found.stat is not None and not found.dying and found.stat.life() is Life.DYING:
                 found.dying = True
                 if found.memory.suspected is None and not self._ending:
                     self._tell_dying(worker, found)

@@ -18,7 +18,7 @@ DISK_SLEEP: Final = "disk-sleep"
 NO_PROGRESS: Final = "no-progress"
 
 KILLED: Final = "killed"
-"""The kernel is ending it (elaswave_agent.process_stat)."""
+"""The kernel is ending it (elaswave.process_stat)."""
 
 # Process states by the names of psutil.
 _STATE_STOPPED = "stopped"

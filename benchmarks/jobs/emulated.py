@@ -124,6 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--forward-ms", type=float, default=0.0)
     parser.add_argument("--backward-ms", type=float, default=0.0)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--ballast-gib", type=float, default=0.0, help="memory that each worker holds besides")
     parser.add_argument("--records", type=Path, required=True, help="folder for records")
     parser.add_argument("--first-step", type=Path, help="file for the time at which the first step was done")
     return parser.parse_args()
@@ -134,6 +135,7 @@ def main() -> None:
     options = parse()
     recorder = Recorder(options.records)
     samples = options.micro_batches * options.steps
+    ballast = bytearray(b"\1") * int(options.ballast_gib * 2**30)  # written, so that it is there
     ew.train(
         ew.Job(
             layers=[partial(EmulatedLayer, number, options, recorder) for number in range(options.layers)],
@@ -146,6 +148,7 @@ def main() -> None:
             on_step=FirstStep(options.first_step) if options.first_step else None,
         )
     )
+    del ballast
 
 
 if __name__ == "__main__":

@@ -110,6 +110,10 @@ class Endpoint:
         self._links.forget(peer)
         self._watched.discard(peer)
 
+    def report_lost(self, peer: WorkerId, why: str) -> None:
+        """Have `on_lost` called as if the links with `peer` had broken. Any thread; never blocks."""
+        self._inbox.put(PeerClosed(peer=peer, error=LinkClosed(f"worker {peer} is lost: {why}")))
+
     def depart(self, peer: WorkerId) -> None:
         """It has left in order. `on_lost` is called once something is awaited of it that has not come."""
         with self._state:

@@ -18,6 +18,7 @@ from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
+from elaswave.comm.neighbour_watch import NeighbourWatch, own_process, process_of
 from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
 from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed, ProtocolError
@@ -60,6 +61,7 @@ class Fabric:
         self._made: dict[tuple[str, int], int] = {}  # groups of a name and epoch so far
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
         self._addresses: dict[WorkerId, str] = {}
+        self._watch: NeighbourWatch | None = None
         links = LinkOptions(tls=files_from_environment(os.environ))
         token, options = self._token(rank), EndpointOptions(agree_s=self._timeout_s, links=links)
         self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed, options=options)
@@ -80,15 +82,20 @@ class Fabric:
         unix = self.endpoint.open(f"unix:{self._folder / 'links'}")
         tcp = self.endpoint.listen(f"tcp:{os.environ.get(HOST_VARIABLE, '127.0.0.1')}:0")
         memory = "0" if os.environ.get(SHARED_MEMORY_VARIABLE) == "0" else "1"
-        self._store.set(f"elaswave/address/{rank}", " ".join((_host(), memory, unix, tcp)))
+        self._store.set(f"elaswave/address/{rank}", " ".join((_host(), own_process(), memory, unix, tcp)))
         keys = [f"elaswave/address/{peer}" for peer in range(size)]
         self._store.wait(keys, timeout)
+        processes: dict[WorkerId, int] = {}
         for peer, key in enumerate(keys):
-            host, memory, unix, tcp = self._store.get(key).decode().split(" ")
+            host, process, memory, unix, tcp = self._store.get(key).decode().split(" ")
             self._addresses[WorkerId(peer)] = unix if host == _host() else tcp
             if host == _host() and memory == "1":
                 self._neighbours.add(WorkerId(peer))
+            if host == _host() and process_of(process):
+                processes[WorkerId(peer)] = process_of(process)
         self.endpoint.connect(self._addresses)
+        self._watch = NeighbourWatch(self.me, processes, self._neighbour_dies)
+        self._watch.start()
 
     def gather(self, name: str, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> Communicator:
         """That of a new group; all members call it with a store of the group's own.
@@ -155,6 +162,8 @@ class Fabric:
 
     def close(self) -> None:
         """Say good-bye to the peers and end the endpoint."""
+        if self._watch is not None:
+            self._watch.close()
         self.endpoint.close(CLOSE_S)
         rmtree(self._folder, ignore_errors=True)
 
@@ -193,6 +202,10 @@ class Fabric:
             self.endpoint.depart(closed.peer)
         else:
             self._remove({closed.peer})
+
+    def _neighbour_dies(self, worker: WorkerId) -> None:
+        if worker not in self._departed:
+            self.endpoint.report_lost(worker, "the kernel is ending its process")
 
     def _remove(self, peers: set[WorkerId]) -> None:
         with self._lock:

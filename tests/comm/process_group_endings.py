@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, EpochChanged, LinkClosed, ProtocolError
 from tests.comm.process_group_place import LIMIT_S, Place, die, die_after, job, joined
 from tests.comm.process_group_training import batch_of, loss_of, model_of
+from tests.held_end import held_end
 
 
 @job
@@ -73,6 +75,14 @@ def take_what_was_sent(place: Place) -> object:
 
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait_until_stopped(pid: int) -> None:
+    """Before, it would hear of what happens next."""
+    deadline = time.monotonic() + LIMIT_S
+    while ") T " not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline, f"process {pid} is not stopped"
+        os.sched_yield()
 
 
 def fails_at(deadline_s: float, call: Callable[[], object]) -> str:
@@ -187,6 +197,7 @@ def stopped_while_agreeing(place: Place) -> object:
         if rank == 3:
             stop()
         if rank == 1:
+            wait_until_stopped(int(store.get("pid3")))
             die()
         with raises(EpochChanged):
             dist.recv(torch.ones(3), 1)
@@ -201,6 +212,29 @@ def stopped_while_agreeing(place: Place) -> object:
         assert tensor[-1] == 4.0 and dist.get_world_size() == 2
         dist.barrier()
     return said
+
+
+@job
+def killed_and_held(place: Place) -> object:
+    """Rank 2 is killed, and does not come to the end of its end: the others go on meanwhile."""
+    rank = place.rank
+    store = dist.FileStore(str(place.folder / "pids"), place.size)
+    store.set(f"pid{rank}", str(os.getpid()))
+    with joined(place) as group:
+        dist.barrier()
+        if rank == 2:
+            signal.pause()
+        with held_end(int(store.get("pid2"))) if rank == 0 else nullcontext():
+            if rank == 0:
+                os.kill(int(store.get("pid2")), signal.SIGKILL)
+            with raises(EpochChanged):
+                dist.all_reduce(torch.ones(500_000))
+            group.reconfigure()
+            tensor = torch.full((50_000,), rank + 1.0)
+            dist.all_reduce(tensor)
+            assert tensor[-1] == 7.0 and dist.get_world_size() == 3
+            dist.barrier()
+    return True
 
 
 def serve_store(folder: Path, size: int) -> None:

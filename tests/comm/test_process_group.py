@@ -118,6 +118,11 @@ def test_collectives_go_on_after_a_loss(nursery: Nursery, tmp_path: Path, worker
         check_history(found, 4, {worker: step})
 
 
+@both
+def test_a_rank_whose_end_takes_long(nursery: Nursery, tmp_path: Path, memory: str) -> None:
+    nursery.run("killed_and_held", 4, tmp_path, killed=(2,), memory=memory)
+
+
 @pytest.mark.parametrize("length", [100, 50_000])
 def test_a_rank_killed_in_a_barrier(nursery: Nursery, tmp_path: Path, length: int) -> None:
     succeeded = nursery.run("killed_in_a_barrier", 4, tmp_path, killed=(2,), length=length)

@@ -28,8 +28,8 @@ def worker(number: int, state: str = "member", pid: int = 100) -> WorkerStatus:
 
 
 STATUS = JobStatus(
-    job="j", epoch=Epoch(2), step=Step(3), steps=5, state="training", workers=(worker(0), worker(1, "gone", 0), worker(2, "suspected")),
-    incidents=(INCIDENT,),
+    job="j", epoch=Epoch(2), step=Step(3), steps=5, state="training",
+    workers=(worker(0), worker(1, "gone", 0), worker(2, "suspected")), incidents=(INCIDENT,),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ Source: proc_pid_stat(5), fields 9 (flags, as in the kernel's include/linux/sche
 """
 
 import os
+from enum import Enum
 from typing import Final, Self
 
 _FLAGS: Final = 9 - 3
@@ -18,6 +19,14 @@ _PF_DUMPCORE: Final = 0x200
 _PF_SIGNALED: Final = 0x400
 _SIGKILL_PENDING: Final = 1 << (9 - 1)
 _READ_BYTES: Final = 2048
+
+
+class Life(Enum):
+    """As far as the kernel tells. DYING: a signal is ending the process, which runs nothing of its own any more."""
+
+    RUNS = "runs"
+    DYING = "dying"
+    ENDED = "ended"
 
 
 class ProcessStat:
@@ -32,12 +41,12 @@ class ProcessStat:
         """Raises OSError where there is no such process."""
         return cls(os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC))
 
-    def is_dying(self) -> bool:
-        """Whether a signal is ending the process. False where it has ended, which its pidfd tells."""
+    def life(self) -> Life:
+        """What has become of the process; some 7 us."""
         try:
-            return is_dying(os.pread(self._descriptor, _READ_BYTES, 0))
+            return Life.DYING if is_dying(os.pread(self._descriptor, _READ_BYTES, 0)) else Life.RUNS
         except ProcessLookupError:
-            return False
+            return Life.ENDED
 
     def close(self) -> None:
         """Once."""

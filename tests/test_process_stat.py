@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from elaswave_agent.process_stat import ProcessStat, is_dying
+from elaswave.process_stat import Life, ProcessStat, is_dying
 from held_end import held_end
 
 LIMIT_S = 30.0
@@ -40,11 +40,11 @@ def test_a_process_from_its_life_to_its_end() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with child:
         found = ProcessStat.open(child.pid)
-        assert not found.is_dying()
+        assert found.life() is Life.RUNS
         with held_end(child.pid) as wait_for_begin:
             child.kill()
             wait_for_begin(LIMIT_S)
-            assert found.is_dying()
+            assert found.life() is Life.DYING
         assert child.wait(LIMIT_S) == -signal.SIGKILL
-        assert not found.is_dying(), "its pidfd tells"
+        assert found.life() is Life.ENDED
         found.close()
