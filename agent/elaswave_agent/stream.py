@@ -36,6 +36,10 @@ BEAT_PERIOD_S: Final = 0.1
 MAX_WAITING: Final = 200_000
 """Events kept for a controller that is away: about an hour of steps of 8 workers."""
 
+REFUSED_LIMIT_S: Final = 10.0
+"""For which a controller that was there may have no process that listens. Its machine answers, so this is no cut."""
+
+_PROBE_LIMIT_S = 2.0
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_LAST_S = 1.0
 
@@ -44,6 +48,7 @@ _BACKOFF_LAST_S = 1.0
 class StreamSettings:
     """Where the controller is and who asks. `limit_s`: how long it may be away before the agent gives up.
 
+    refused_limit_s: the same where its machine answers that nobody listens.
     silence_s: how long the connection is kept while nothing is heard. tls: None for plain text.
     """
 
@@ -51,6 +56,7 @@ class StreamSettings:
     node: NodeId
     token: str
     limit_s: float
+    refused_limit_s: float = REFUSED_LIMIT_S
     silence_s: float = KEEPALIVE_S
     tls: TlsFiles | None = None
 
@@ -102,7 +108,8 @@ class ControllerStream:
             if self._leaving:
                 return
             away_s = loop.time() - self._heard_at
-            if away_s > self._settings.limit_s:
+            ended = self._streams > 0 and away_s > self._settings.refused_limit_s and await self._nobody_listens()
+            if away_s > self._settings.limit_s or ended:
                 raise FaultError(
                     f"no controller at {self._settings.controller} for {away_s:.0f} s ({reason}): giving up"
                 )
@@ -112,6 +119,19 @@ class ControllerStream:
             # Jitter, so that a thousand agents do not come back at the same moment.
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, _BACKOFF_LAST_S)
+
+    async def _nobody_listens(self) -> bool:
+        """The controller's machine refuses connections to its port."""
+        host, _, port = self._settings.controller.rpartition(":")
+        try:
+            async with asyncio.timeout(_PROBE_LIMIT_S):
+                _, writer = await asyncio.open_connection(host.removeprefix("[").removesuffix("]"), int(port))
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # also TimeoutError: a cut, then
+            return False
+        writer.close()
+        return False
 
     async def _run_stream(self) -> str:
         """One stream from hello to its end; returns why it ended."""

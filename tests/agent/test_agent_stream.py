@@ -3,13 +3,17 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 
 import pytest
-from agent_harness import WORKER, Site, process, running_controller, watching
+from agent_harness import TOKEN, WORKER, Site, process, running_controller, watching
 
 from elaswave.core.events import StopRequested, UserLine, WorkerExited, WorkerReady, WorkerStarted, WorkerSuspected
-from elaswave.core.ids import WorkerId
+from elaswave.core.ids import NodeId, WorkerId
+from elaswave.errors import FaultError
+from elaswave_agent.stream import ControllerStream, StreamSettings
+from elaswave_agent.wire import encode_hello
 
 
 def test_beats_come_ten_times_a_second(site: Site) -> None:
@@ -63,6 +67,31 @@ def test_agent_gives_up_a_controller_that_stays_away(site: Site) -> None:
                     assert await agent.wait_in_loop() == 1
                     assert wait(1.0) == []
                 assert "giving up" in agent.log.read_text()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("listens", [False, True], ids=["ended", "cut off"])
+def test_controller_whose_machine_says_that_it_has_ended_is_given_up_sooner(listens: bool) -> None:
+    async def scenario() -> None:
+        async with running_controller() as controller:
+            limits = StreamSettings(
+                controller=controller.address, node=NodeId("n0"), token=TOKEN, limit_s=2.0, refused_limit_s=0.2
+            )
+            hello = encode_hello(NodeId("n0"), 1, os.getpid(), host="here", link_host="127.0.0.1")
+            stream = ControllerStream(limits, lambda _: [hello], lambda _: None, lambda _: None)
+            running = asyncio.create_task(stream.run())
+            await controller.attached()
+            await controller.server.stop(0)
+            lost_at = time.monotonic()
+            with socket.socket() as silent:
+                if listens:  # but says nothing, like a machine behind a cut cable
+                    silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    silent.bind(("127.0.0.1", int(controller.address.rpartition(":")[2])))
+                    silent.listen()
+                with pytest.raises(FaultError, match="giving up"):
+                    await running
+            assert (time.monotonic() - lost_at > 2.0) is listens
 
     asyncio.run(scenario())
 
