@@ -1,25 +1,23 @@
 """Fabric: what the process groups of one torch process share: an endpoint, a roster, and the news of losses."""
 
 import os
-import secrets
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
-from typing import Protocol
 
 from elaswave.certificates import files_from_environment
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator
+from elaswave.comm.directory import Admission, Directory, Entry, RendezvousStore, own_entry, own_host
 from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
-from elaswave.comm.neighbour_watch import NeighbourWatch, own_process, process_of
-from elaswave.comm.roster import FIRST, Roster, Store, decode_roster, remove
+from elaswave.comm.neighbour_watch import NeighbourWatch
+from elaswave.comm.roster import FIRST, Roster, add, decode_roster, remove
 from elaswave.core.ids import WorkerId
 from elaswave.errors import DeadlineExceeded, ElasWaveError, EpochChanged, LinkClosed, ProtocolError
 
@@ -27,75 +25,99 @@ CLOSE_S = 5.0
 FOLDER_PREFIX = "elaswave-"
 LOOK_S = 0.005
 """How often those who make a group look whether all have come: a store cannot be awaited together with links."""
-TOKEN_BYTES = 32
 HOST_VARIABLE = "ELASWAVE_HOST"
 """Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
 SHARED_MEMORY_VARIABLE = "ELASWAVE_SHARED_MEMORY"
 """0: groups that this process is in use links only, also where all their processes are on one host."""
 
 
-class RendezvousStore(Store, Protocol):
-    """What is needed of a torch.distributed.Store to find each other."""
-
-    def get(self, key: str, /) -> bytes: ...
-
-    def set(self, key: str, value: str, /) -> None: ...
-
-    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
-
-    def check(self, keys: list[str], /) -> bool: ...
-
-
 class Fabric:
     """Made with the first process group, which all processes are in; its ranks name the workers from then on."""
 
-    def __init__(self, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> None:
-        """Opens the endpoint and finds the peers. Raises what the store raises where they do not come in time."""
-        self.me = WorkerId(rank)
-        self._store = store
+    def __init__(
+        self, store: RendezvousStore, rank: int, size: int, timeout: timedelta, *, joins: bool = False
+    ) -> None:
+        """Opens the endpoint and finds the peers. Raises what the store raises where they do not come in time.
+
+        joins: this process is none of those that the job began with; rank and size are not known then.
+        """
+        self._directory = Directory(store)
         self._lock = threading.RLock()
         self._roster: Roster = FIRST
         self._departed: set[WorkerId] = set()
         self._timeout_s = timeout.total_seconds()
-        self._neighbours: set[WorkerId] = set()  # processes of this host that share memory
         self._made: dict[tuple[str, int], int] = {}  # groups of a name and epoch so far
         self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
-        self._addresses: dict[WorkerId, str] = {}
+        self._entries: dict[WorkerId, Entry] = {}
         self._watch: NeighbourWatch | None = None
-        links = LinkOptions(tls=files_from_environment(os.environ))
-        token, options = self._token(rank), EndpointOptions(agree_s=self._timeout_s, links=links)
+        self._world: Communicator | None = None  # that of the first group, to which new processes come
+        self._admission: Admission | None = None
+        self.me = self._directory.apply(timeout) if joins else WorkerId(rank)
+        token, links = self._directory.token(first=rank == 0 and not joins), files_from_environment(os.environ)
+        options = EndpointOptions(agree_s=self._timeout_s, links=LinkOptions(tls=links))
         self.endpoint = Endpoint(self.me, token, on_lost=self._peer_lost, on_notice=self._noticed, options=options)
         self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         try:
-            self._meet(rank, size, timeout)
+            self._publish()
+            if joins:
+                self._await_admission(timeout)
+            else:
+                self._meet(self._directory.meet(size, timeout))
         except BaseException:
             self.close()
             raise
 
-    def _token(self, rank: int) -> bytes:
-        if rank == 0:
-            self._store.set("elaswave/token", secrets.token_hex(TOKEN_BYTES))
-        return bytes.fromhex(self._store.get("elaswave/token").decode())
-
-    def _meet(self, rank: int, size: int, timeout: timedelta) -> None:
-        """Exchange addresses: a Unix socket for processes of this host, TCP for others."""
+    def _publish(self) -> None:
+        """Listen at a Unix socket for processes of this host, at TCP for others, and tell where."""
         unix = self.endpoint.open(f"unix:{self._folder / 'links'}")
         tcp = self.endpoint.listen(f"tcp:{os.environ.get(HOST_VARIABLE, '127.0.0.1')}:0")
-        memory = "0" if os.environ.get(SHARED_MEMORY_VARIABLE) == "0" else "1"
-        self._store.set(f"elaswave/address/{rank}", " ".join((_host(), own_process(), memory, unix, tcp)))
-        keys = [f"elaswave/address/{peer}" for peer in range(size)]
-        self._store.wait(keys, timeout)
-        processes: dict[WorkerId, int] = {}
-        for peer, key in enumerate(keys):
-            host, process, memory, unix, tcp = self._store.get(key).decode().split(" ")
-            self._addresses[WorkerId(peer)] = unix if host == _host() else tcp
-            if host == _host() and memory == "1":
-                self._neighbours.add(WorkerId(peer))
-            if host == _host() and process_of(process):
-                processes[WorkerId(peer)] = process_of(process)
-        self.endpoint.connect(self._addresses)
+        memory = os.environ.get(SHARED_MEMORY_VARIABLE) != "0"
+        self._entries[self.me] = own_entry(unix, tcp, shares_memory=memory)
+        self._directory.publish(self.me, self._entries[self.me])
+
+    def _meet(self, entries: Mapping[WorkerId, Entry]) -> None:
+        """Get to know processes, and watch those that can be watched."""
+        self._entries |= entries
+        own = self._entries[self.me]
+        self.endpoint.connect({peer: entry.address_for(own) for peer, entry in entries.items()})
+        gone = dict(self._roster.removed)
+        found = {peer: entry.process_here() for peer, entry in self._entries.items() if peer not in gone}
+        if self._watch is not None:
+            self._watch.close()
+        processes = {peer: process for peer, process in found.items() if process}
         self._watch = NeighbourWatch(self.me, processes, self._neighbour_dies)
         self._watch.start()
+
+    def _await_admission(self, timeout: timedelta) -> None:
+        deadline = time.monotonic() + timeout.total_seconds()
+        try:
+            admission = self._directory.await_admission(self.me, timeout)
+        except RuntimeError as error:
+            if time.monotonic() < deadline:
+                raise LinkClosed(f"the store of the job is gone: {error}") from error
+            self._directory.withdraw(self.me)
+            limit = f"within {timeout.total_seconds():g} s"
+            raise DeadlineExceeded(
+                f"the job has not let this process in {limit}: its ranks have to call admit()"
+            ) from error
+        self._admission, self._roster = admission, admission.roster
+        self._meet(self._directory.entries(admission.members))
+
+    # ------------------------------------------------------------------ groups
+
+    def world(self, name: str) -> Communicator:
+        """The first communicator, of all processes; once. New ones come to it."""
+        with self._lock:
+            found = self._world = self._make_world(name)
+        return found
+
+    def _make_world(self, name: str) -> Communicator:
+        admission = self._admission
+        if admission is None:
+            return self.communicator(name, sorted(self._entries))
+        found = self.endpoint.communicator(name, admission.members, epoch=admission.roster.epoch)
+        self._origins[found] = admission.members
+        return found
 
     def gather(self, name: str, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> Communicator:
         """That of a new group; all members call it with a store of the group's own.
@@ -143,8 +165,16 @@ class Fabric:
         return found
 
     def shares_memory(self, communicator: Communicator) -> bool:
-        """All that it began with are processes of this host, and none was told not to; the same on all of them."""
-        return self._neighbours.issuperset(self._origins[communicator])
+        """All that it began with are processes of one host, and none was told not to; the same on all members."""
+        if communicator is self._world and self._admission is not None:
+            return self._admission.shares_memory
+        entries = [self._entries[worker] for worker in self._origins[communicator]]
+        return all(entry.shares_memory and entry.host == entries[0].host for entry in entries)
+
+    @property
+    def may_share(self) -> bool:
+        """Whether this process was not told to keep to links."""
+        return self._entries[self.me].shares_memory
 
     def drop(self, communicator: Communicator) -> None:
         """It is not used any more; with the last one the fabric ends."""
@@ -190,6 +220,30 @@ class Fabric:
             if communicator.broken:
                 self.endpoint.acknowledge(communicator, deadline)
 
+    @property
+    def has_joined(self) -> bool:
+        """This process is none of those that the job began with."""
+        return self._admission is not None
+
+    def applicants(self) -> list[WorkerId]:
+        """Processes that wait to join."""
+        return self._directory.applicants(dict(self._roster.added))
+
+    def add(self, workers: Iterable[WorkerId]) -> None:
+        """Have them join the first communicator, which all its members then take up again."""
+        with self._lock:
+            try:
+                roster = add(self._directory.store, self._roster, workers, by=self.me)
+            except RuntimeError as error:
+                raise LinkClosed(f"the store of the process group is gone: {error}") from error
+            self._adopt(roster)
+        self._tell(roster)
+
+    def await_change(self) -> None:
+        """Until some member is lost, or others have come."""
+        deadline = time.monotonic() + self._timeout_s
+        self.endpoint.drive(lambda: self.broken, deadline, "the admission of new processes")
+
     def check_departed(self, communicator: Communicator) -> None:
         """A peer that has left in order is lost to who still wants something of it."""
         gone = self._departed & set(communicator.members)
@@ -213,50 +267,62 @@ class Fabric:
             if not peers - known or not self._origins:
                 return
             try:
-                roster = remove(self._store, self._roster, peers, by=self.me)
+                roster = remove(self._directory.store, self._roster, peers, by=self.me)
             except RuntimeError as error:  # torch's stores raise subclasses of it when their process is gone
                 raise LinkClosed(f"the store of the process group is gone: {error}") from error
             self._adopt(roster)
-            others = {worker for members in self._origins.values() for worker in members}
         if roster.writer != self.me:
             # Many notice a loss at once: if all told all, most of the news, and of the links that are dialled for it,
             # would be for nothing. Should the writer be lost before it has told, then who notices that tells of both.
             return
-        for worker in others - {worker for worker, _ in roster.removed} - {self.me}:
+        self._tell(roster)
+
+    def _tell(self, roster: Roster) -> None:
+        for worker in self._entries.keys() - dict(roster.removed).keys() - {self.me}:
             self.endpoint.notify(worker, roster.encode().encode())
 
     def _noticed(self, peer: WorkerId, content: bytes) -> None:
         roster = decode_roster(content)
-        unknown = {worker for worker, _ in roster.removed} - set(self._addresses)
-        if unknown:
-            raise ProtocolError(f"a roster of worker {peer} removes {sorted(unknown)}, which were never there")
         with self._lock:
+            known = self._entries.keys() | dict(roster.added).keys() | dict(self._roster.removed).keys()
+            unknown = dict(roster.removed).keys() - known
+            if unknown:
+                raise ProtocolError(f"a roster of worker {peer} removes {sorted(unknown)}, which were never there")
             if roster.epoch > self._roster.epoch:
                 self._adopt(roster)
 
     def _adopt(self, roster: Roster) -> None:
-        new = {worker for worker, _ in roster.removed} - {worker for worker, _ in self._roster.removed}
+        gone = dict(roster.removed).keys() - dict(self._roster.removed).keys()
+        new = dict(roster.added).keys() - self._entries.keys()
         self._roster = roster
-        for worker in new:
+        if new:
+            self._meet(self._directory.entries(new - gone))
+        for worker in gone:
             self.endpoint.forget(worker)
             self._clean_up_after(worker)
         for communicator in tuple(self._origins):
             self._apply(communicator)
+        for worker in new - gone:
+            self._let_in(worker, roster)
+
+    def _let_in(self, worker: WorkerId, roster: Roster) -> None:
+        """Whoever hears of it does so: who has begun it may be lost by now."""
+        if self._world is not None:
+            memory = self.shares_memory(self._world)
+            admission = Admission(roster=roster, members=self._world.members, shares_memory=memory)
+            self._directory.admit(worker, admission)
 
     def _clean_up_after(self, worker: WorkerId) -> None:
         """A killed process leaves the folder of its socket behind; nobody dials a removed one any more."""
-        _, _, socket_path = self._addresses[worker].partition("unix:")
-        folder = Path(socket_path).parent
+        entry = self._entries.get(worker)
+        if entry is None or entry.host != own_host():
+            return
+        folder = Path(entry.unix.removeprefix("unix:")).parent
         if folder.name.startswith(FOLDER_PREFIX):
             rmtree(folder, ignore_errors=True)
 
     def _apply(self, communicator: Communicator) -> None:
-        origin = self._origins[communicator]
-        gone = [worker for worker, _ in self._roster.removed if worker in origin]
-        self.endpoint.edit(communicator, self._roster.epoch_of(origin), gone)
-
-
-def _host() -> str:
-    """The same for processes that share a kernel and a network namespace, and for no others."""
-    namespace = os.stat("/proc/self/ns/net").st_ino
-    return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{namespace}"
+        grows = communicator is self._world
+        for change in self._roster.changes(self._origins[communicator], grows=grows):
+            if change.epoch > communicator.epoch:
+                self.endpoint.edit(communicator, change.epoch, change.removed, change.added)

@@ -49,13 +49,22 @@ class Group:
     """
 
     def __init__(
-        self, endpoint: Endpoint, communicator: Communicator, timeout_s: float, *, arena_bytes: int = 0
+        self,
+        endpoint: Endpoint,
+        communicator: Communicator,
+        timeout_s: float,
+        *,
+        arena_bytes: int = 0,
+        may_share: bool = True,
     ) -> None:
-        """timeout_s: limit of one operation. arena_bytes: shared memory of a rank; 0: ranks are on several hosts."""
+        """timeout_s: limit of one operation. arena_bytes: shared memory of a rank; 0: ranks are on several hosts.
+
+        may_share: False where this rank was told to keep to links, so that all of the group have to.
+        """
         self.endpoint = endpoint
         self.communicator = communicator
         self.timeout_s = timeout_s
-        self._sharing = Sharing(communicator, arena_bytes)
+        self._sharing = Sharing(communicator, arena_bytes, may_share=may_share)
 
     def all_reduce(self, tensor: Tensor, combine: Combine = add, finish: Finish | None = None) -> Operation:
         """`tensor` becomes the combination over all ranks; then `finish` is called."""

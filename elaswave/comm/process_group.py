@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from elaswave.comm.admission import Newcomer, take_in
 from elaswave.comm.arena import ARENA_BYTES
 from elaswave.comm.fabric import Fabric
 from elaswave.comm.grid_group import GridGroup
@@ -23,11 +24,10 @@ from elaswave.comm.native import HybridGroup, NativeEditor, NativeFactory
 from elaswave.comm.operation import Operation
 from elaswave.comm.operators import average_over, combine_of
 from elaswave.comm.works import DoneWork, OperationWork, ReceiveWork
-from elaswave.core.ids import WorkerId
-from elaswave.errors import ConfigError, ElasWaveError, EpochChanged
+from elaswave.errors import ConfigError, ElasWaveError, EpochChanged, InvariantError
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import _DistributedBackendOptions
+    from torch._C._distributed_c10d import Store, _DistributedBackendOptions
 
 Tensors = Sequence[Tensor]
 Result = TypeVar("Result")
@@ -46,6 +46,7 @@ class ElasticProcessGroup(dist.ProcessGroup):
         self._fabric = fabric
         self._name = name
         self._description = "elastic"
+        self._newcomer = Newcomer(lacks_state=fabric.has_joined)
 
     # ------------------------------------------------------------------ what torch asks
 
@@ -118,6 +119,29 @@ class ElasticProcessGroup(dist.ProcessGroup):
         del options
         self._fabric.reconfigure()
         _update_tables()
+
+    def admit(self, share: Callable[[int], object]) -> bool:
+        """At a place in the program that all ranks come to: processes that wait in `join` become ranks, the last ones.
+
+        `share` is then called on all ranks, on the new ones in their first call of this, with the rank that has to
+        bring them what they lack: parameters, the state of the optimizer, the step. DDP is made anew there, too. It is
+        called again in the next call where a loss has interrupted it. Returns whether it was. For the default group;
+        other groups stay as they are. Raises EpochChanged after a loss: reconfigure() and repeat the step, this call
+        included. FaultError: all ranks that had the state are lost.
+        """
+        world = dist.distributed_c10d._world
+        while True:
+            with self.guard():
+                applicants = self._fabric.applicants() if self.rank() == 0 else []
+                survey = self._newcomer.survey(self._group, bool(applicants), world.group_count)
+                world.group_count = survey.groups  # groups made from now on have the same names on all ranks
+                if survey.wanted:
+                    take_in(self._fabric, applicants)
+                    _update_tables()
+                    continue
+                if survey.lacking:
+                    self._newcomer.receive(self._group, share, survey.source)
+                return survey.lacking
 
     def hybrid(self, factory: NativeFactory | NativeEditor) -> HybridGroup:
         """All-reduces of this group over a native communicator where every rank has built one; see HybridGroup."""
@@ -286,6 +310,29 @@ class ElasticProcessGroup(dist.ProcessGroup):
         return work
 
 
+class Joining:
+    """Option of init_process_group: this process is none of those that the job began with."""
+
+
+def join(
+    *, store: "Store | None" = None, init_method: str | None = None, timeout: timedelta | None = None
+) -> ElasticProcessGroup:
+    """Become a rank of a job that runs, in place of init_process_group; the default group, once its ranks `admit` us.
+
+    store, init_method: those of the other ranks, who host the store. timeout: theirs; also how long to wait for them.
+    Call `admit` next, at the same place as they. Raises what the store raises when nobody admits us in time.
+    """
+    # Rank and size are found out; torch wants some, and takes rank 0 for the host of the store.
+    dist.init_process_group(
+        "elastic", store=store, init_method=init_method, rank=1, world_size=2, timeout=timeout, pg_options=Joining()
+    )
+    group = dist.group.WORLD
+    if not isinstance(group, ElasticProcessGroup):
+        raise InvariantError(f"the default group is {group!r}")
+    group.reconfigure()
+    return group
+
+
 def run_step(step: Callable[[], Result], model: nn.Module) -> Result:
     """What `step` returns: a forward and backward pass of `model`, run again after each loss by whoever is left.
 
@@ -362,17 +409,21 @@ def _update_tables() -> None:
 
 def _create(options: "_DistributedBackendOptions", backend_options: object) -> ElasticProcessGroup:
     """What torch.distributed calls for each new group."""
-    del backend_options
     rank, size = options.group_rank, options.group_size
     fabric = ElasticProcessGroup.fabric
     if fabric is None or fabric.closed:
-        fabric = ElasticProcessGroup.fabric = Fabric(options.store, rank, size, options.timeout)
-        members = [WorkerId(index) for index in range(size)]
-        communicator = fabric.communicator(options.group_id or "default", members)
+        joins = isinstance(backend_options, Joining)
+        fabric = ElasticProcessGroup.fabric = Fabric(options.store, rank, size, options.timeout, joins=joins)
+        communicator = fabric.world(options.group_id or "default")
     else:
         communicator = fabric.gather(options.group_id, options.store, rank, size, options.timeout)
-    arena_bytes = ARENA_BYTES if fabric.shares_memory(communicator) else 0
-    group = Group(fabric.endpoint, communicator, options.timeout.total_seconds(), arena_bytes=arena_bytes)
+    group = Group(
+        fabric.endpoint,
+        communicator,
+        options.timeout.total_seconds(),
+        arena_bytes=ARENA_BYTES if fabric.shares_memory(communicator) else 0,
+        may_share=fabric.may_share,
+    )
     return ElasticProcessGroup(group, fabric, options.group_id)
 
 

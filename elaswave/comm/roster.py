@@ -1,8 +1,8 @@
-"""Roster: who of a lone torch job's processes is still in it, written by compare-and-set on a store."""
+"""Roster: who of a lone torch job's processes is in it, written by compare-and-set on a store."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from elaswave.core.ids import WorkerId
@@ -19,34 +19,58 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Roster:
-    """epoch: 0 at first, one more with every loss. removed: the epoch in which a worker was removed.
+class Change:
+    """Of one communicator in one epoch; removed go first, then added ones stand at the end."""
 
-    writer: who has made this epoch; None for the first one.
+    epoch: int
+    removed: tuple[WorkerId, ...] = ()
+    added: tuple[WorkerId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roster:
+    """epoch: 0 at first, one more with every loss and every admission. removed, added: workers, with their epochs.
+
+    writer: who has made this epoch; None for the first one. Nobody comes back: who joins has a new number.
     """
 
     epoch: int
     removed: tuple[tuple[WorkerId, int], ...]
+    added: tuple[tuple[WorkerId, int], ...] = ()
     writer: WorkerId | None = None
 
     def without(self, workers: Iterable[WorkerId], writer: WorkerId) -> "Roster":
         """The next one, in which these are removed too; the same one if they are already."""
-        known = dict(self.removed)
-        new = sorted(set(workers) - set(known))
-        if not new:
-            return self
-        removed = (*self.removed, *((worker, self.epoch + 1) for worker in new))
-        return Roster(epoch=self.epoch + 1, removed=removed, writer=writer)
+        new = _new(workers, self.removed, self.epoch + 1)
+        return replace(self, epoch=self.epoch + 1, removed=(*self.removed, *new), writer=writer) if new else self
 
-    def epoch_of(self, members: Iterable[WorkerId]) -> int:
-        """Epoch of a communicator that began with these members: that of its last loss."""
-        wanted = set(members)
-        return max((epoch for worker, epoch in self.removed if worker in wanted), default=0)
+    def with_added(self, workers: Iterable[WorkerId], writer: WorkerId) -> "Roster":
+        """The next one, in which these have come; the same one if they were there already."""
+        new = _new(workers, self.added, self.epoch + 1)
+        return replace(self, epoch=self.epoch + 1, added=(*self.added, *new), writer=writer) if new else self
+
+    def changes(self, members: Iterable[WorkerId], *, grows: bool) -> tuple[Change, ...]:
+        """What has happened to a communicator that began with these members, by epoch; grows: new ones come to it."""
+        known = set(members)
+        changes: list[Change] = []
+        for epoch in range(1, self.epoch + 1):
+            added = tuple(worker for worker, when in self.added if when == epoch) if grows else ()
+            known.update(added)
+            removed = tuple(worker for worker, when in self.removed if when == epoch and worker in known)
+            if removed or added:
+                changes.append(Change(epoch=epoch, removed=removed, added=added))
+        return tuple(changes)
 
     def encode(self) -> str:
         """As text."""
-        removed = [list(pair) for pair in self.removed]
-        return json.dumps({"epoch": self.epoch, "removed": removed, "writer": self.writer})
+        removed, added = [list(pair) for pair in self.removed], [list(pair) for pair in self.added]
+        return json.dumps({"epoch": self.epoch, "removed": removed, "added": added, "writer": self.writer})
+
+
+def _new(
+    workers: Iterable[WorkerId], known: tuple[tuple[WorkerId, int], ...], epoch: int
+) -> tuple[tuple[WorkerId, int], ...]:
+    return tuple((worker, epoch) for worker in sorted(set(workers) - set(dict(known))))
 
 
 def decode_roster(text: str | bytes) -> Roster:
@@ -56,14 +80,17 @@ def decode_roster(text: str | bytes) -> Roster:
     try:
         found = json.loads(text)
         removed = tuple((WorkerId(int(worker)), int(epoch)) for worker, epoch in found["removed"])
-        roster = Roster(epoch=int(found["epoch"]), removed=removed, writer=WorkerId(int(found["writer"])))
+        added = tuple((WorkerId(int(worker)), int(epoch)) for worker, epoch in found["added"])
+        roster = Roster(epoch=int(found["epoch"]), removed=removed, added=added, writer=WorkerId(int(found["writer"])))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"a roster cannot be read: {error}") from error
-    # Each epoch has removed somebody, and nobody is removed twice.
-    epochs = {epoch for _, epoch in removed}
+    # Each epoch has changed something, and nobody is removed, or comes, twice.
+    epochs = {epoch for _, epoch in (*removed, *added)}
     whole = bool(epochs) and (min(epochs), max(epochs), len(epochs)) == (1, roster.epoch, roster.epoch)
-    if not whole or len(dict(removed)) < len(removed):
-        raise ProtocolError(f"a roster of epoch {roster.epoch} contradicts itself: it has removed {removed[:8]}")
+    if not whole or len(dict(removed)) < len(removed) or len(dict(added)) < len(added):
+        raise ProtocolError(
+            f"a roster of epoch {roster.epoch} contradicts itself: removed are {removed[:8]}, added {added[:8]}"
+        )
     return roster
 
 
@@ -77,9 +104,19 @@ def remove(store: Store, known: Roster, workers: Iterable[WorkerId], *, by: Work
     itself: those that it misses have closed its links. Raises what the store raises when its process is gone.
     """
     gone = tuple(workers)
+    return _write(store, known, lambda roster: roster.without(gone, by), by)
+
+
+def add(store: Store, known: Roster, workers: Iterable[WorkerId], *, by: WorkerId) -> Roster:
+    """The same for workers that come."""
+    new = tuple(workers)
+    return _write(store, known, lambda roster: roster.with_added(new, by), by)
+
+
+def _write(store: Store, known: Roster, change: Callable[[Roster], Roster], by: WorkerId) -> Roster:
     expected = "" if known.epoch == 0 else known.encode()
     while True:
-        wanted = known.without(gone, by)
+        wanted = change(known)
         if wanted.epoch == known.epoch or by in dict(known.removed):
             return known
         found = store.compare_set(KEY, expected, wanted.encode()).decode()

@@ -27,8 +27,9 @@ class Sharing:
     has all it needs: the agreement on the edit finds whether that is so on all ranks, and the last turn of any of them.
     """
 
-    def __init__(self, communicator: Communicator, arena_bytes: int) -> None:
-        """arena_bytes: 0 where memory is not shared."""
+    def __init__(self, communicator: Communicator, arena_bytes: int, *, may_share: bool = True) -> None:
+        """arena_bytes: 0 where memory is not shared, the same on all ranks. may_share: this rank would have it so."""
+        self._may_share = may_share
         self._communicator = communicator
         self._arena_bytes = arena_bytes if AVAILABLE else 0
         self._own: Arena | None = None
@@ -86,13 +87,15 @@ class Sharing:
             # Not those that were found before: a member has come, perhaps one that has no memory.
             self._turns, self._arenas = self._arenas.turns, None
         names = torch.zeros((len(members), NAME_BYTES), dtype=torch.uint8)
-        found = torch.tensor([0, self._turns])  # whether somebody has no memory, and the last turn of any rank
+        # Whether somebody has no memory, so that all use links, and the last turn of any rank.
+        found = torch.tensor([int(not self._may_share), self._turns])
         try:
-            self._own = self._own or Arena(self._arena_bytes)
-            name = self._own.name.encode()
-            names[rank, : len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
+            if self._may_share:
+                self._own = self._own or Arena(self._arena_bytes)
+                name = self._own.name.encode()
+                names[rank, : len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
         except ElasWaveError:
-            found[0] = 1  # all use links then
+            found[0] = 1
         yield from tree_all_reduce(rank, len(members), names.view(-1), maximum)
         try:
             for worker, name in zip(members, names, strict=True):

@@ -25,6 +25,7 @@ from elaswave.lifeline import end_with_parent
 from tests.comm import (  # noqa: F401 (they add to JOBS)
     process_group_endings,
     process_group_jobs,
+    process_group_joins,
     process_group_native,
     process_group_steps,
     process_group_tls,

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from elaswave.comm import fabric
+from elaswave.comm import directory
 from elaswave.comm.tls import TlsContexts
 from elaswave.errors import EpochChanged
 from tests.comm.process_group_place import Place, die, job, joined
@@ -25,7 +25,7 @@ def _sum(place: Place) -> float:
 def sums_over_tls(place: Place) -> object:
     os.environ.update(place.arguments["variables"])
     with (
-        patch.object(fabric, "_host", lambda: f"host{place.rank}"),
+        patch.object(directory, "own_host", lambda: f"host{place.rank}"),
         patch.object(TlsContexts, "wrap", autospec=True, side_effect=TlsContexts.wrap) as wrapped,
         joined(place) as group,
     ):

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from test_process_group import Nursery
+from nursery_client import Nursery
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
 """The roster on a store that several write to."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elaswave.comm.roster import FIRST, Roster, decode_roster, remove
+from elaswave.comm.roster import FIRST, Change, Roster, add, decode_roster, remove
 from elaswave.core.ids import WorkerId
 from elaswave.errors import ProtocolError
 
@@ -21,12 +22,48 @@ def test_who_was_removed_removes_nobody() -> None:
     assert (second.epoch, second.removed) == (2, ((WorkerId(2), 1), (WorkerId(1), 2)))
 
 
-@given(st.lists(st.sets(st.integers(0, 99), min_size=1), min_size=1, max_size=5))
-def test_a_roster_is_read_as_it_was_written(losses: list[set[int]]) -> None:
-    roster: Roster = FIRST
-    for lost in losses:
-        roster = roster.without([WorkerId(worker) for worker in lost], WorkerId(100))
-    assert decode_roster(roster.encode()) == roster
+@st.composite
+def histories(draw: st.DrawFn) -> list[Roster]:
+    """All rosters of a job that begins with workers 0 to 3."""
+    rosters = [FIRST]
+    new, lives = 4, {0, 1, 2, 3}
+    for joins in draw(st.lists(st.booleans(), max_size=8)):
+        if joins:
+            workers = set(range(new, new + draw(st.integers(1, 3))))
+            new, lives = new + len(workers), lives | workers
+            rosters.append(rosters[-1].with_added(map(WorkerId, workers), WorkerId(0)))
+        elif lives:
+            workers = draw(st.sets(st.sampled_from(sorted(lives)), min_size=1))
+            lives -= workers
+            rosters.append(rosters[-1].without(map(WorkerId, workers), WorkerId(0)))
+    return rosters
+
+
+@given(histories())
+def test_a_roster_is_read_as_it_was_written(rosters: list[Roster]) -> None:
+    for roster in rosters[1:]:
+        assert decode_roster(roster.encode()) == roster
+
+
+@given(histories(), st.sets(st.integers(0, 3), min_size=1), st.booleans())
+def test_changes_are_those_of_each_epoch(rosters: list[Roster], members: set[int], grows: bool) -> None:
+    """Who hears of the last roster only learns the same, in the same order, as who hears of each."""
+    heard: list[Change] = []
+    known = set(members)
+    for before, roster in pairwise(rosters):
+        added = [worker for worker, _ in roster.added[len(before.added) :] if grows]
+        known |= set(added)
+        removed = [worker for worker, _ in roster.removed[len(before.removed) :] if worker in known]
+        if added or removed:
+            heard.append(Change(epoch=roster.epoch, removed=tuple(removed), added=tuple(added)))
+    assert list(rosters[-1].changes(map(WorkerId, members), grows=grows)) == heard
+
+
+def test_who_comes_while_another_is_lost_is_not_forgotten() -> None:
+    store = dist.HashStore()
+    first = remove(store, FIRST, [WorkerId(2)], by=WorkerId(0))
+    second = add(store, FIRST, [WorkerId(3)], by=WorkerId(1))
+    assert (second.epoch, second.removed, second.added) == (2, first.removed, ((WorkerId(3), 2),))
 
 
 @pytest.mark.parametrize(
@@ -34,11 +71,12 @@ def test_a_roster_is_read_as_it_was_written(losses: list[set[int]]) -> None:
     [
         "[" * 100_000,
         "{}",
-        json.dumps({"epoch": 2, "removed": [[1, 1]], "writer": 0}),
-        json.dumps({"epoch": 1 << 40, "removed": [[1, 1 << 40]], "writer": 0}),
-        json.dumps({"epoch": 1, "removed": [[1, 1], [1, 1]], "writer": 0}),
-        json.dumps({"epoch": 1, "removed": [[1, -1]], "writer": 0}),
-        '{"epoch": 1, "removed": [[1, Infinity]], "writer": 0}',
+        json.dumps({"epoch": 2, "removed": [[1, 1]], "added": [], "writer": 0}),
+        json.dumps({"epoch": 1, "removed": [], "added": [[1, 1], [1, 1]], "writer": 0}),
+        json.dumps({"epoch": 1 << 40, "removed": [[1, 1 << 40]], "added": [], "writer": 0}),
+        json.dumps({"epoch": 1, "removed": [[1, 1], [1, 1]], "added": [], "writer": 0}),
+        json.dumps({"epoch": 1, "removed": [[1, -1]], "added": [], "writer": 0}),
+        '{"epoch": 1, "removed": [[1, Infinity]], "added": [], "writer": 0}',
         "\udcff",
     ],
 )

@@ -5,9 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from nursery_client import LINKS, Nursery
 from tls_authority import Authority
-
-from tests.comm.test_process_group import LINKS, Nursery
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command to make certificates with")

@@ -1,0 +1,51 @@
+"""Processes that join a lone job which runs, and losses meanwhile: all ranks end with the weights of their history."""
+
+from pathlib import Path
+
+import pytest
+from nursery_client import LINKS, Nursery, both
+
+
+def check_histories(found: dict[int, object], size: int) -> None:
+    histories = list(found.values())
+    assert all(history == histories[0] for history in histories)
+    assert isinstance(histories[0], list)
+    assert {worker for members in histories[0] for worker in members} <= set(range(size))
+
+
+@both
+@pytest.mark.parametrize(("ranks", "size"), [(1, 2), (2, 4), (3, 4)])
+def test_processes_join(nursery: Nursery, tmp_path: Path, memory: str, ranks: int, size: int) -> None:
+    found = nursery.run("train_and_join", size, tmp_path, memory=memory, ranks=ranks)
+    check_histories(found, size)
+
+
+def test_one_that_keeps_to_links_joins_a_group_in_memory(nursery: Nursery, tmp_path: Path) -> None:
+    found = nursery.run("train_and_join", 4, tmp_path, ranks=3, memory_of_newcomers=LINKS)
+    check_histories(found, 4)
+
+
+@both
+@pytest.mark.parametrize("lines", [0, 20, 60])
+@pytest.mark.parametrize("place", ["admit", "share", "step"])
+def test_losses_while_processes_join(nursery: Nursery, tmp_path: Path, memory: str, place: str, lines: int) -> None:
+    for lost in (0, 1, 3):  # the first one, another one, one that joins
+        folder = tmp_path / str(lost)
+        folder.mkdir()
+        losses = [(lost, 0, place, lines)]
+        found = nursery.run("train_and_join", 5, folder, killed=(lost,), memory=memory, ranks=3, losses=losses)
+        check_histories(found, 5)
+
+
+@both
+def test_groups_before_and_after(nursery: Nursery, tmp_path: Path, memory: str) -> None:
+    nursery.run("groups_before_and_after", 4, tmp_path, memory=memory, ranks=3)
+
+
+def test_all_with_the_state_are_lost(nursery: Nursery, tmp_path: Path) -> None:
+    said = nursery.run("all_with_the_state_are_lost", 3, tmp_path, killed=(0,))
+    assert all("FaultError: all ranks that had the state" in str(text) for text in said.values()), said
+
+
+def test_who_gives_up_is_not_let_in(nursery: Nursery, tmp_path: Path) -> None:
+    assert nursery.run("apply_in_vain", 2, tmp_path) == {0: 1, 1: False}
