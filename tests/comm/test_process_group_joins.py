@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from nursery_client import LINKS, Nursery, both
+from nursery_client import LINKS, MEMORY, Nursery, both
 
 
 def check_histories(found: dict[int, object], size: int) -> None:
@@ -25,8 +25,7 @@ def test_one_that_keeps_to_links_joins_a_group_in_memory(nursery: Nursery, tmp_p
     check_histories(found, 4)
 
 
-@both
-@pytest.mark.parametrize("lines", [0, 20, 60])
+@pytest.mark.parametrize(("lines", "memory"), [(0, MEMORY), (20, MEMORY), (20, LINKS), (60, MEMORY)])
 @pytest.mark.parametrize("place", ["admit", "share", "step"])
 def test_losses_while_processes_join(nursery: Nursery, tmp_path: Path, memory: str, place: str, lines: int) -> None:
     for lost in (0, 1, 3):  # the first one, another one, one that joins

@@ -11,7 +11,7 @@ import pytest
 from elaswave.sim.explore import walk
 from elaswave.sim.scenes import WALKS
 
-WALKS_EACH = 60
+WALKS_EACH = 48
 
 
 @pytest.mark.slow
