@@ -22,8 +22,8 @@ from elaswave_agent.starters import FallbackStarter, ForkStarter, ProcessStarter
 from elaswave_agent.stream import ControllerStream, StreamSettings
 from elaswave_agent.supervisor import Supervisor
 
-GLANCE_PERIOD_S = 0.01
-GLANCES_PER_SWEEP = 25
+GLANCE_PERIOD_S = 0.02
+GLANCES_PER_SWEEP = 12
 LEAVE_LIMIT_S = 1.0
 
 

@@ -193,7 +193,7 @@ class Supervisor:
         return [(worker, found.process.pid) for worker, found in self._workers.items() if found.process is not None]
 
     def sweep(self) -> None:
-        """Look at every worker once; to be called four times a second."""
+        """Look at every worker once; to be called about four times a second."""
         for worker, found in self._workers.items():
             if found.inspector is not None and not found.dying:
                 self._look(worker, found, found.inspector)

@@ -132,7 +132,7 @@ class Directory:
 
     def withdraw(self, worker: WorkerId) -> None:
         """It has applied, and does not want to join any more."""
-        self.store.set(_entry_key(worker), "")
+        self.store.set(_withdrawal_key(worker), "1")
 
     def applicants(self, known: Collection[WorkerId]) -> list[WorkerId]:
         """Who waits to join; `known` have joined, or were removed since."""
@@ -143,8 +143,7 @@ class Directory:
         return [worker for worker in sorted(applied) if self._is_there(worker)]
 
     def _is_there(self, worker: WorkerId) -> bool:
-        key = _entry_key(worker)
-        return self.store.check([key]) and bool(self.store.get(key))
+        return self.store.check([_entry_key(worker)]) and not self.store.check([_withdrawal_key(worker)])
 
     def admit(self, worker: WorkerId, admission: Admission) -> None:
         """Tell it that it is in; any of those that know, all with the same words."""
@@ -173,3 +172,8 @@ def own_entry(unix: str, tcp: str, *, shares_memory: bool) -> Entry:
 
 def _entry_key(worker: WorkerId) -> str:
     return f"elaswave/address/{worker}"
+
+
+def _withdrawal_key(worker: WorkerId) -> str:
+    # Beside the entry, which whoever lets it in at the same moment still has to be able to read.
+    return f"elaswave/withdrawn/{worker}"

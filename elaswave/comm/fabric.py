@@ -278,7 +278,8 @@ class Fabric:
         self._tell(roster)
 
     def _tell(self, roster: Roster) -> None:
-        for worker in self._entries.keys() - dict(roster.removed).keys() - {self.me}:
+        # Not to those that have left: they need no news, and a dial that fails would make a loss of their end.
+        for worker in self._entries.keys() - dict(roster.removed).keys() - self._departed - {self.me}:
             self.endpoint.notify(worker, roster.encode().encode())
 
     def _noticed(self, peer: WorkerId, content: bytes) -> None:
@@ -293,7 +294,7 @@ class Fabric:
 
     def _adopt(self, roster: Roster) -> None:
         gone = dict(roster.removed).keys() - dict(self._roster.removed).keys()
-        new = dict(roster.added).keys() - self._entries.keys()
+        new = dict(roster.added).keys() - dict(self._roster.added).keys()
         self._roster = roster
         if new:
             self._meet(self._directory.entries(new - gone))

@@ -1,6 +1,7 @@
 """Jobs that processes join while they run, and that are lost while others join."""
 
 import os
+import signal
 import time
 from datetime import timedelta
 
@@ -171,6 +172,43 @@ def all_with_the_state_are_lost(place: Place) -> object:
             said = f"{type(error).__name__}: {error}"
     dist.destroy_process_group()
     return said
+
+
+@job
+def applicants_that_die(place: Place) -> object:
+    """The last two processes wait to join; the last one is killed before it is let in, and must not be waited for."""
+    store = dist.FileStore(str(place.folder / "store"), place.size)
+    store.set(f"pid{place.rank}", str(os.getpid()))
+    if place.rank == place.size - 1:
+        store.wait([f"applied{place.rank - 1}"], timedelta(seconds=LIMIT_S))
+    if place.rank == place.size - 2:
+        store.set(f"applied{place.rank}", "1")
+    group = begin(place, place.size - 2)
+    limit = timedelta(seconds=LIMIT_S)
+    shared: list[int] = []
+    if place.rank == 0:
+        deadline = time.monotonic() + LIMIT_S
+        while len(group._fabric.applicants()) < 2:
+            assert time.monotonic() < deadline
+        os.kill(int(store.get(f"pid{place.size - 1}")), signal.SIGKILL)
+        store.set("killed", "1")
+    if place.rank < place.size - 2:
+        store.wait(["killed"], limit)
+    over = torch.tensor([0])
+    while not over:
+        try:
+            group.admit(shared.append)
+            over[0] = int(len(group._fabric._roster.removed) == 1)
+            dist.all_reduce(over, dist.ReduceOp.MIN)
+        except EpochChanged:
+            over.zero_()
+            group.reconfigure()
+    tensor = torch.ones(70_000)
+    dist.all_reduce(tensor)
+    assert shared and tensor[-1] == place.size - 1
+    dist.barrier()
+    dist.destroy_process_group()
+    return True
 
 
 @job

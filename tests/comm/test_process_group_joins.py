@@ -46,5 +46,10 @@ def test_all_with_the_state_are_lost(nursery: Nursery, tmp_path: Path) -> None:
     assert all("FaultError: all ranks that had the state" in str(text) for text in said.values()), said
 
 
+@both
+def test_an_applicant_that_dies_is_not_waited_for(nursery: Nursery, tmp_path: Path, memory: str) -> None:
+    nursery.run("applicants_that_die", 5, tmp_path, killed=(4,), memory=memory)
+
+
 def test_who_gives_up_is_not_let_in(nursery: Nursery, tmp_path: Path) -> None:
     assert nursery.run("apply_in_vain", 2, tmp_path) == {0: 1, 1: False}
