@@ -27,7 +27,7 @@ async def run_controller(options: ControllerOptions, make_core: CoreFactory) -> 
         server = await start_server(options, shell)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            stop = StopRequested(reason=f"the controller was sent {number.name}")
+            stop = StopRequested(reason=f"the job was ended where its controller runs ({number.name})")
             loop.add_signal_handler(number, partial(shell.submit, stop))
         if options.port_file is not None:
             write_atomically(options.port_file, f"{server.port}\n")
