@@ -216,11 +216,12 @@ class LifecycleControl(AdvanceControl):
     # ------------------------------------------------------------------ suspicion
 
     def worker_suspected(self, event: WorkerSuspected) -> None:
-        """Re-route now, fence later; both are needed only if somebody else is there to go on."""
+        """Re-route now, fence later; both only if somebody else is there to go on, the latter as soon as there is."""
         record = self.worker(event.worker)
         was = record.state
         if self.plan is not None and was is WorkerState.MEMBER and len(self.plan.ids) == 1:
             self.effects.append(ShowLine(text=f"{record.name} {event.cause}: waiting, nobody else is left"))
+            record.fence_at = self.now + self.config.suspect_grace_s
             return
         record.move(Trigger.SUSPECTED)
         record.progress = event.progress
@@ -235,14 +236,19 @@ class LifecycleControl(AdvanceControl):
         """It goes on: let it in again, as a joiner (rule 5.6)."""
         record = self.worker(event.worker)
         record.move(Trigger.CLEARED)
-        if record.state is WorkerState.WARM:
-            record.fence_at = None
+        record.fence_at = None
+        if self.plan is None:
+            self._begin_when_ready()
+        elif record.state is WorkerState.WARM:
             self.advance()
 
     def check_deadlines(self) -> None:
         """Fence suspects whose grace is over; give up on starts and ends that take too long."""
         for record in self.workers.values():
             if record.fence_at is not None and record.fence_at <= self.now:
+                if self.plan is not None and self.plan.ids == {record.worker}:
+                    record.fence_at = self.now + self.config.suspect_grace_s  # others may come
+                    continue
                 record.fence_at = None
                 record.move(Trigger.FENCED)
                 reason = f"no sign of life for {self.config.suspect_grace_s:g} s after suspicion"
