@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from harness import Ended, Ground, assert_same_training, oracle
@@ -155,3 +156,12 @@ def test_the_loss_of_all_workers_ends_the_job(warm_ground: Ground) -> None:
     ended = warm_ground.run(["--standalone", "--nproc-per-node=2", "--dp=2", *kills], TinyOptions().flags())
     assert ended.exit_code == 1, ended.story()
     assert "lost" in ended.err, ended.story()
+
+
+def test_the_loss_of_all_workers_sends_the_job_back_to_its_checkpoint(warm_ground: Ground, tmp_path: Path) -> None:
+    options = TinyOptions(steps=5)
+    kills = [f"--inject=kill:worker={worker},step=3,phase=forward" for worker in (0, 1)]
+    saves = ("--save-every=2", f"--save-dir={tmp_path / 'saved'}")
+    ended = warm_ground.run(["--standalone", "--nproc-per-node=2", "--dp=2", *kills, *saves], options.flags())
+    assert_same_training(ended, options)
+    assert [found.cause for found in ended.need_report().incidents][-1] == "restart"

@@ -51,15 +51,17 @@ class AdvanceControl(ControllerState):
         """End the job, or this generation of it; False while a suspect may still bring a copy."""
         if any(self._may_bring(record, gone.shards) for record in self.workers.values()):
             return False
-        text = f"owner and all replicas of {len(gone.shards)} shards are lost"
+        self.go_back(f"owner and all replicas of {len(gone.shards)} shards are lost", ", or more --replicas")
+        return True
+
+    def go_back(self, why: str, other_remedy: str = "") -> None:
+        """To the last durable checkpoint, with all workers; the end of the job where there is none."""
         if self.committed or (self.job is not None and self.job.resume_from):
-            self.effects.append(RestartAll(reason=f"{text}: going back to the last durable checkpoint"))
+            self.effects.append(RestartAll(reason=f"{why}: going back to the last durable checkpoint"))
             self.ended = True
         else:
-            self.end(
-                1, f"{text} and there is no durable checkpoint: use --save-every and --save-dir, or more --replicas"
-            )
-        return True
+            remedy = f"use --save-every and --save-dir{other_remedy}"
+            self.end(1, f"{why} and there is no durable checkpoint: {remedy}")
 
     def _move_copies(self) -> bool:
         context, plan = self.need_plan()

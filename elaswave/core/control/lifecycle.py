@@ -162,7 +162,8 @@ class LifecycleControl(AdvanceControl):
             return
         cause = "killed" if event.signal else "exited"
         self._exclude((record,), cause, f"pidfd: {how}", event.noticed_at, event.last_alive_at)
-        self._restart(record)
+        if not self.ended:
+            self._restart(record)
         self.advance()
 
     def _end_when_all_left(self) -> None:
@@ -196,6 +197,9 @@ class LifecycleControl(AdvanceControl):
             self.joining.discard(record.worker)
             self.reports.pop(record.worker, None)
         if not lost:
+            return
+        if lost == plan.ids and self.nodes:
+            self.go_back(f"all {len(lost)} workers are lost")
             return
         slowest = self.slowest_step()
         for worker in lost:
