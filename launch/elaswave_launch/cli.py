@@ -30,6 +30,8 @@ def launch(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         folder = create_run_folder(base_folder(environment), ready.options.job, ready.options.first_node)
     except ConfigError as error:
         return _refuse(error)
+    except OSError as error:  # a path that the file system does not take: too long, or in a folder that is not ours
+        return _refuse(ConfigError(f"{error.filename}: {error.strerror}; give another path"))
     try:
         for note in notes(parsed):
             sys.stderr.write(f"elaswave-launch: {note}\n")

@@ -97,7 +97,10 @@ def _newest(save_dir: Path) -> Path | None:
     """The folder that `latest` names; without that file, the complete checkpoint with the highest step."""
     latest = save_dir / "latest"
     if latest.is_file():
-        return save_dir / latest.read_text(encoding="utf-8").strip()
+        try:
+            return save_dir / latest.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{latest} cannot be read ({error}): write the name of a step folder in it") from error
     complete = []
     if save_dir.is_dir():
         for folder in save_dir.iterdir():

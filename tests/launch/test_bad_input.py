@@ -57,6 +57,8 @@ CASES = [
     ([*ONE, "--inject", "kill:worker=4,step=2"], "--inject kill: worker=4 must be below 4"),
     # checkpoints
     ([*ONE, "--save-every", "5"], "--save-every 5 needs --save-dir DIR"),
+    ([*ONE, "--resume", "x" * 300], "File name too long; give another path"),
+    ([*ONE, "--report", "x" * 300], "File name too long; give another path"),
     ([*ONE, "--resume", ""], "--resume '': must be auto, never or the path of a checkpoint"),
     ([*ONE, "--resume", "missing"], "--resume missing: no checkpoint.json there"),
     ([*ONE, "--fresh"], "--fresh says something about --save-dir, which is not given"),
@@ -181,3 +183,9 @@ def test_a_port_taken_after_the_launcher_has_looked_is_refused_by_the_controller
     assert f"elaswave controller: endpoint 127.0.0.1:{port}: cannot listen there" in done.stderr
     assert "Traceback" not in done.stderr
     assert snapshot(folder) == before
+
+
+def test_damaged_name_of_the_newest_checkpoint(folder: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.work / "history" / "latest").write_bytes(b"\xff\xfe")
+    assert launch([*ONE, "--resume", "history", "script.py"], folder.environment) == 93
+    assert "latest cannot be read" in capsys.readouterr().err
