@@ -161,7 +161,7 @@ examples:
       --inject kill:worker=3,step=10,phase=backward --report report.json train.py
   two machines, 8 workers each; the same command on both but for the node rank:
     elaswave-launch --nnodes 2 --nproc-per-node 8 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500 \\
-      --token-file ~/.elaswave-token --pp 2 train.py
+      --rdzv-id run7 --token-file ~/.elaswave-token --pp 2 train.py
     with ELASWAVE_TLS_CERTIFICATE, _KEY and _AUTHORITY set to PEM files, or with --plaintext
   a durable checkpoint every 50 steps, going on from the newest one after a crash:
     elaswave-launch --standalone --nproc-per-node 4 --save-every 50 --save-dir ckpt train.py

@@ -18,6 +18,15 @@ from elaswave_launch.wire import Operator
 FAILED = 1
 REFUSED = 93
 
+_EPILOG = """\
+examples:
+  elaswave status --json
+  elaswave inject kill --worker 1
+  elaswave inject slow --worker 1 --factor 4 --step 20 --phase backward
+  elaswave stop --job run7
+
+exit codes: 0 done, 1 no such job or worker, or no answer, 93 wrong arguments."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -47,7 +56,13 @@ def operate(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="elaswave", description="Operate a running job.", allow_abbrev=False)
+    parser = _Parser(
+        prog="elaswave",
+        description="Operate a running job.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     status = commands.add_parser("status", help="the job and every worker", allow_abbrev=False)
     incidents = commands.add_parser("incidents", help="failures and planned changes so far", allow_abbrev=False)

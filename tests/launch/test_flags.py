@@ -7,6 +7,7 @@ from torch.distributed.run import get_args_parser
 
 from elaswave.errors import ConfigError
 from elaswave_launch.flags import OUR_FLAGS, TORCHRUN_FLAGS, Flag, Kind, Support, build_parser, notes, parse
+from elaswave_launch.operator import operate
 from elaswave_launch.options import Devices, LaunchOptions, read_options
 
 GOLDEN = Path(__file__).with_name("flags.txt")
@@ -162,3 +163,18 @@ def test_ours_reach_the_options() -> None:
     assert (found.report, found.save_dir) == (Path.cwd() / "r.json", Path.cwd() / "ckpt")
     assert (found.fresh, found.unbuffered, found.log_cap_bytes, found.start) == (True, True, 64 << 20, "spawn")
     assert (found.link_transport, found.node_suspect_s, found.shown_ranks) == ("tcp", 0.5, {1, 2})
+
+
+def test_the_example_of_several_machines_names_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], {})
+    example = capsys.readouterr().out.partition("two machines")[2].partition("with ELASWAVE_TLS")[0]
+    assert "--rdzv-id" in example, "a job on several nodes is refused without a name"
+
+
+def test_help_of_operator_commands_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        operate(["--help"], {})
+    shown = capsys.readouterr().out
+    assert all(f"\n  elaswave {command}" in shown for command in ("status", "inject", "stop"))
+    assert "exit codes: 0 done" in shown
