@@ -203,9 +203,12 @@ class Shell:
                 self._ended = effect
 
     def _record_step(self, effect: StepRecorded) -> None:
-        if not self._report.has_steps and self._options.report is not None:
-            # Should everything be killed, the report of an earlier run must not be taken for this one's.
-            self._options.report.unlink(missing_ok=True)
+        if not self._report.has_steps:
+            # So that a short job, too, is shown with its epoch and its number of steps.
+            self.watchers.publish(replace(self.status(), incidents=()))
+            if self._options.report is not None:
+                # Should everything be killed, the report of an earlier run must not be taken for this one's.
+                self._options.report.unlink(missing_ok=True)
         self._report.record_step(effect)
         incident = self._restart.saw_step(effect.result.step, self._now)
         if incident is not None:

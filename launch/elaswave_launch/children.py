@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -85,8 +85,8 @@ def python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module, *arguments)
 
 
-def start_children(commands: Iterable[Command]) -> list[Child]:
-    """Start all; call it from the main thread, whose end is the end of the children.
+def start_children(commands: Iterable[Command], is_over: Callable[[], bool] = lambda: False) -> list[Child]:
+    """Start all, or those that are reached before `is_over`; in the main thread, whose end is the end of the children.
 
     Each child is the leader of its own process group, so that Ctrl-C reaches the launcher only. Where one cannot be
     started, the others are killed. Raises OSError.
@@ -94,6 +94,8 @@ def start_children(commands: Iterable[Command]) -> list[Child]:
     children: list[Child] = []
     try:
         for command in commands:
+            if is_over():
+                break
             children.append(_start(command))
     except BaseException:
         for child in children:

@@ -59,7 +59,7 @@ def _run(ready: Launch, folder: RunFolder, environment: Mapping[str, str]) -> in
         _make_folders(ready, place)
         signals = Signals(options.end_signals)
         signals.install()
-        children = start_children(all_commands(ready, place, environment))
+        children = start_children(all_commands(ready, place, environment), lambda: signals.first is not None)
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{place.port}"
         if held is not None:

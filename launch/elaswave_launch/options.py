@@ -16,6 +16,10 @@ from elaswave_launch.flags import Parsed
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+_MAX_WORKERS = 1 << 20
+_MAX_PROCESSES = (
+    4096  # of one machine: far more than anybody has, and less than it would take to bring the machine down
+)
 _MAX_PORT = 65535
 _DEFAULT_PORT = 29500  # torchrun's
 
@@ -91,6 +95,8 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
     """Check everything that the command line alone can tell. Raises ConfigError, one line."""
     nnodes = _nodes(parsed.text("nnodes"))
     nproc = _processes(parsed.text("nproc_per_node"), devices)
+    if parsed.switch("standalone"):
+        _in_reach("--nnodes x --nproc-per-node on one machine", f"{nnodes} x {nproc}", nnodes * nproc, _MAX_PROCESSES)
     host, port, standalone = _endpoint(parsed, nnodes)
     node_rank = 0 if standalone else _number(parsed, "node_rank")
     if node_rank >= nnodes:
@@ -175,7 +181,13 @@ def _nodes(text: str) -> int:
         raise ConfigError(f"--nnodes {text}: must be N or MIN:MAX, each at least 1")
     if colon and int(least) > int(most):
         raise ConfigError(f"--nnodes {text}: MIN must not be above MAX")
-    return int(numbers[-1])
+    return _in_reach("--nnodes", text, int(numbers[-1]), _MAX_WORKERS)
+
+
+def _in_reach(flag: str, text: str, found: int, most: int) -> int:
+    if found > most:
+        raise ConfigError(f"{flag} {text}: must be at most {most}")
+    return found
 
 
 def _processes(text: str, devices: Devices) -> int:
@@ -187,7 +199,7 @@ def _processes(text: str, devices: Devices) -> int:
         return devices.gpus
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise ConfigError(f"--nproc-per-node {text}: must be a number from 1, cpu, gpu or auto")
-    return int(text)
+    return _in_reach("--nproc-per-node", text, int(text), _MAX_PROCESSES)
 
 
 def _endpoint(parsed: Parsed, nnodes: int) -> tuple[str, int, bool]:

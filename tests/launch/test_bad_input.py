@@ -32,6 +32,9 @@ CASES = [
     (["--nproc-per-node", "gpu"], "--nproc-per-node gpu: this machine shows no GPU"),
     (["--nnodes", "3:1"], "--nnodes 3:1: MIN must not be above MAX"),
     (["--nnodes", "x"], "--nnodes x: must be N or MIN:MAX"),
+    (["--nnodes", "4000000", "--standalone"], "--nnodes 4000000: must be at most 1048576"),
+    (["--nnodes", "5000", "--standalone"], "--nnodes x --nproc-per-node on one machine 5000 x 1: must be at most 4096"),
+    (["--nproc-per-node", "9" * 20], f"--nproc-per-node {'9' * 20}: must be at most 4096"),
     (["--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT and --node-rank, or --standalone"),
     # flags
     ([*ONE, "--nproc", "2"], "unknown flag --nproc"),

@@ -46,6 +46,14 @@ def test_sigterm_first_and_sigkill_for_those_that_stay(tmp_path: Path) -> None:
         child.close()
 
 
+def test_no_more_are_started_once_it_is_over(tmp_path: Path) -> None:
+    over = iter([False, True])
+    [child] = start_children([command(tmp_path, str(number), OBEDIENT) for number in range(3)], lambda: next(over))
+    child.send(signal.SIGKILL)
+    assert asyncio.run(wait_all([child], 5.0))
+    child.close()
+
+
 def test_several_tasks_wait_for_one_child(tmp_path: Path) -> None:
     async def body(child: Child) -> bool:
         waits = [asyncio.create_task(wait_child(child)) for _ in range(3)]

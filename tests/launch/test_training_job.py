@@ -60,7 +60,11 @@ def test_a_job_from_its_start_to_its_report(place: Place) -> None:
     assert "incident: killed, worker 1, step 4" in done.stderr
     assert place.run_folders == []
     alone = place.work / "alone.json"
-    assert run(place, "--report", str(alone), place.script(TRAINS), "8").returncode == 0
+    again = run(place, "--report", str(alone), place.script(TRAINS), "8")
+    assert again.returncode == 0
+    shown = [line for line in again.stderr.splitlines() if line.startswith("step ")]
+    assert all("/8  loss " in line and "epoch 1" in line for line in shown), "however short a job is"
+    assert shown[-1].startswith("step 8/8")
     undisturbed = json.loads(alone.read_text())
     assert [content[key] for key in ("digest", "losses", "samples_digest")] == [
         undisturbed[key] for key in ("digest", "losses", "samples_digest")
