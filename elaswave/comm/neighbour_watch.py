@@ -12,8 +12,8 @@ from typing import Final
 from elaswave.core.ids import WorkerId
 from elaswave.process_stat import Life, ProcessStat
 
-PERIOD_S: Final = 0.02
-"""A look costs 40 to 130 us of a processor, the more the more others want it: at most 0.6 % of one."""
+PERIOD_S: Final = 0.015
+"""A look costs 40 to 130 us of a processor, the more the more others want it: at most 0.9 % of one."""
 
 
 class NeighbourWatch:
