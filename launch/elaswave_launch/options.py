@@ -98,7 +98,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
     if parsed.switch("standalone"):
         _in_reach("--nnodes x --nproc-per-node on one machine", f"{nnodes} x {nproc}", nnodes * nproc, _MAX_PROCESSES)
     host, port, standalone = _endpoint(parsed, nnodes)
-    node_rank = 0 if standalone else _number(parsed, "node_rank")
+    node_rank = 0 if parsed.switch("standalone") else _number(parsed, "node_rank")
     if node_rank >= nnodes:
         raise ConfigError(f"--node-rank {node_rank}: must be below --nnodes {nnodes}")
     config = _config(parsed, nnodes, nproc)
@@ -107,10 +107,10 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         raise ConfigError(f"--save-every {config.save_every} needs --save-dir DIR")
     resume = _resume(parsed, save_dir)
     injections = tuple(parse_injection(spec) for spec in parsed.lists["inject"])
-    for injection in injections:
+    for spec, injection in zip(parsed.lists["inject"], injections, strict=True):
         known = config.started_workers + config.max_restarts
         if injection.worker >= known:
-            raise ConfigError(f"--inject {injection.action}: worker={injection.worker} must be below {known}")
+            raise ConfigError(f"--inject {spec}: worker={injection.worker} must be below {known}")
     _choice(parsed, "rdzv_backend", ("c10d", "static"))
     return LaunchOptions(
         config=config,
@@ -124,7 +124,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         port=port,
         link_host=parsed.text("local_addr"),
         log_dir=_path(parsed, "log_dir"),
-        shown_ranks=_ranks(parsed.text("local_ranks_filter")),
+        shown_ranks=_ranks(parsed.text("local_ranks_filter"), nproc),
         report=_path(parsed, "report"),
         injections=injections,
         injection_specs=parsed.lists["inject"],
@@ -250,10 +250,10 @@ def _resume(parsed: Parsed, save_dir: Path | None) -> str:
     return resume
 
 
-def _ranks(text: str) -> frozenset[int]:
+def _ranks(text: str, nproc: int) -> frozenset[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise ConfigError(f"--local-ranks-filter {text}: must be ranks from 0, separated by commas")
+    if not all(part.isascii() and part.isdigit() and int(part) < nproc for part in parts):
+        raise ConfigError(f"--local-ranks-filter {text}: must be ranks from 0 to {nproc - 1}, separated by commas")
     return frozenset(map(int, parts))
 
 

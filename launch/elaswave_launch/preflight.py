@@ -121,6 +121,8 @@ def _check_index(folder: Path) -> None:
 
 
 def _check_script(options: LaunchOptions) -> None:
+    if not options.script:
+        raise ConfigError("SCRIPT is empty: give the path of a Python file, or -m MODULE")
     if options.module:
         top = options.script.partition(".")[0]
         # `python -m` looks in the working folder first.

@@ -178,7 +178,12 @@ def _read_state(folder: Path) -> RunningJob | None:
         content: object = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None  # still starting, or another node's folder
-    if not isinstance(content, dict):
-        raise ConfigError(f"{folder / _STATE} is not a state file of this version: stop the job and start it again")
-    tls = content.pop("tls", None)
-    return RunningJob(**content, tls=None if tls is None else TlsFiles(**tls))
+    except ValueError:
+        content = None
+    try:
+        found = dict(content) if isinstance(content, dict) else {}
+        tls = found.pop("tls", None)
+        return RunningJob(**found, tls=None if tls is None else TlsFiles(**tls))
+    except TypeError as error:
+        text = f"{folder / _STATE} is not a state file of this version: stop the job and start it again"
+        raise ConfigError(text) from error

@@ -50,6 +50,8 @@ CASES = [
     ([*ONE, "--rdzv-id", "../x"], "--rdzv-id '../x': must be 1 to 64 letters"),
     ([*ONE, "--rdzv-backend", "etcd"], "--rdzv-backend etcd: must be c10d or static"),
     ([*ONE, "--local-ranks-filter", "a"], "--local-ranks-filter a: must be ranks from 0"),
+    (["--local-ranks-filter", "0,7"], "--local-ranks-filter 0,7: must be ranks from 0 to 0, separated by commas"),
+    (["--node-rank", "1"], "--node-rank 1: must be below --nnodes 1"),
     ([*ONE, "--signals-to-handle", "SIGKILL"], "--signals-to-handle SIGKILL: must be names of signals that"),
     # injections
     ([*ONE, "--inject", "explode:worker=1,step=2"], "--inject explode:worker=1,step=2: must start with kill:, stop:"),
@@ -57,7 +59,7 @@ CASES = [
     ([*ONE, "--inject", "kill:worker=1,step=x"], "step=x must be a whole number from 0"),
     ([*ONE, "--inject", "kill:worker=1,step=2,phase=lunch"], "phase=lunch must be one of forward, backward"),
     ([*ONE, "--inject", "slow:worker=1,step=2,factor=0.5"], "factor=0.5 must be a number above 1"),
-    ([*ONE, "--inject", "kill:worker=4,step=2"], "--inject kill: worker=4 must be below 4"),
+    ([*ONE, "--inject", "kill:worker=4,step=2"], "--inject kill:worker=4,step=2: worker=4 must be below 4"),
     # checkpoints
     ([*ONE, "--save-every", "5"], "--save-every 5 needs --save-dir DIR"),
     ([*ONE, "--resume", "x" * 300], "File name too long; give another path"),
@@ -129,6 +131,8 @@ def test_refused(folder: Place, capsys: pytest.CaptureFixture[str], arguments: l
     [
         (["missing.py"], "script missing.py does not exist: give the path of a Python file, or -m MODULE"),
         (["history"], "script history is a folder"),
+        ([""], "SCRIPT is empty: give the path of a Python file, or -m MODULE"),
+        (["-m", ""], "SCRIPT is empty: give the path of a Python file, or -m MODULE"),
         (["-m", "no_such_module.train"], "module no_such_module.train: there is no module 'no_such_module'"),
         ([], "the following arguments are required: SCRIPT"),
     ],

@@ -69,6 +69,15 @@ def test_long_names_get_short_folders(base: Path) -> None:
     second.remove()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"what": 1}', '{"tls": 3}'])
+def test_a_damaged_state_file_is_named(base: Path, content: str) -> None:
+    folder = create_run_folder(base, "damaged")
+    (folder.path / "controller.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"controller\.json is not a state file of this version"):
+        running_jobs(base)
+    folder.remove()
+
+
 def test_what_a_killed_launcher_left_is_removed_by_the_next_one(base: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path;"
