@@ -220,6 +220,10 @@ class Fabric:
             if communicator.broken:
                 self.endpoint.acknowledge(communicator, deadline)
 
+    def is_world(self, communicator: Communicator) -> bool:
+        """Whether it is the first one, to which new processes come."""
+        return communicator is self._world
+
     @property
     def has_joined(self) -> bool:
         """This process is none of those that the job began with."""

@@ -127,8 +127,12 @@ class ElasticProcessGroup(dist.ProcessGroup):
         bring them what they lack: parameters, the state of the optimizer, the step. DDP is made anew there, too. It is
         called again in the next call where a loss has interrupted it. Returns whether it was. For the default group;
         other groups stay as they are. Raises EpochChanged after a loss: reconfigure() and repeat the step, this call
-        included. FaultError: all ranks that had the state are lost.
+        included. FaultError: all ranks that had the state are lost. ConfigError: this is not the default group.
         """
+        if not self._fabric.is_world(self._group.communicator):
+            raise ConfigError(
+                f"group {self._name} cannot grow: call admit() of the default group, and make this one anew"
+            )
         world = dist.distributed_c10d._world
         while True:
             with self.guard():

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elaswave.comm.fabric import SHARED_MEMORY_VARIABLE
 from elaswave.comm.process_group import ElasticProcessGroup, forget_step, join
-from elaswave.errors import DeadlineExceeded, EpochChanged
+from elaswave.errors import ConfigError, DeadlineExceeded, EpochChanged
 from tests.comm.process_group_place import LIMIT_S, Place, die, die_after, job
 from tests.comm.process_group_training import agrees, batch_of, loss_of, model_of, oracle, sgd
 
@@ -131,6 +131,9 @@ def groups_before_and_after(place: Place) -> object:
     shared: list[int] = []
     if place.rank < ranks:
         pair = dist.new_group([0, 1])
+        if isinstance(pair, ElasticProcessGroup):
+            with raises(ConfigError, match="cannot grow"):
+                pair.admit(shared.append)
         while dist.get_world_size() < place.size:
             group.admit(shared.append)
             if place.rank < 2:
@@ -160,8 +163,10 @@ def all_with_the_state_are_lost(place: Place) -> object:
     """Rank 0 alone has it, and dies when it is to share it."""
     group = begin(place, 1)
     if place.rank == 0:
-        while True:
-            group.admit(lambda _: die())
+        deadline = time.monotonic() + LIMIT_S
+        while len(group._fabric.applicants()) < place.size - 1:
+            assert time.monotonic() < deadline
+        group.admit(lambda _: die())
     said = ""
     while not said:
         try:

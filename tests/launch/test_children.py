@@ -51,6 +51,7 @@ def test_no_more_are_started_once_it_is_over(tmp_path: Path) -> None:
     [child] = start_children([command(tmp_path, str(number), OBEDIENT) for number in range(3)], lambda: next(over))
     child.send(signal.SIGKILL)
     assert asyncio.run(wait_all([child], 5.0))
+    assert child.exit_code == -signal.SIGKILL
     child.close()
 
 
