@@ -124,7 +124,7 @@ def read_options(parsed: Parsed, devices: Devices) -> LaunchOptions:
         port=port,
         link_host=parsed.text("local_addr"),
         log_dir=_path(parsed, "log_dir"),
-        shown_ranks=_ranks(parsed.text("local_ranks_filter"), nproc),
+        shown_ranks=_ranks(parsed.text("local_ranks_filter"), nnodes * nproc),
         report=_path(parsed, "report"),
         injections=injections,
         injection_specs=parsed.lists["inject"],
@@ -250,10 +250,10 @@ def _resume(parsed: Parsed, save_dir: Path | None) -> str:
     return resume
 
 
-def _ranks(text: str, nproc: int) -> frozenset[int]:
+def _ranks(text: str, count: int) -> frozenset[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isascii() and part.isdigit() and int(part) < nproc for part in parts):
-        raise ConfigError(f"--local-ranks-filter {text}: must be ranks from 0 to {nproc - 1}, separated by commas")
+    if not all(part.isascii() and part.isdigit() and int(part) < count for part in parts):
+        raise ConfigError(f"--local-ranks-filter {text}: must be ranks from 0 to {count - 1}, separated by commas")
     return frozenset(map(int, parts))
 
 
