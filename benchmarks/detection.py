@@ -20,9 +20,10 @@ import random
 import signal
 import sys
 import time
+from dataclasses import dataclass, replace
 
 from common import BenchmarkFailed, Options, Row, Target, make_parser, options_of, run, say
-from faults import START_LIMIT_S, STEPS, Campaign, Emulation, executions_around
+from faults import START_LIMIT_S, STEPS, Campaign, Emulation, Fault, executions_around
 from instructions import Loss, Records
 from launching import Job, Place, make_place
 
@@ -36,73 +37,68 @@ while True:
 """
 
 
-def stop_rows(place: Place, trials: int, options: Options) -> tuple[list[Row], list[str]]:
-    """SIGSTOP at random moments."""
-    emulation = Emulation(dp=4, pp=2, nnodes=4, restarts=trials)
-    failures: list[str] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strikes:
+    """Faults of one kind. resume_ms: until the first instruction that somebody else runs in a worker's place."""
+
+    faults: list[Fault]
+    resume_ms: list[float]
+    failures: list[str]
+
+    @property
+    def detect(self) -> Row:
+        """What the report says."""
+        figures = [1e3 * fault.incident.detect_s for fault in self.faults]
+        return Row(what="last sign of life to noticed (report)", unit="ms", figures=figures)
+
+    @property
+    def notes(self) -> list[str]:
+        """Jobs that have failed."""
+        return [f"failure: {text}" for text in self.failures]
+
+
+def strike(place: Place, number: signal.Signals, count: int, options: Options, gib: float = 0.0) -> Strikes:
+    """This signal at random moments; each worker holds `gib` GiB besides."""
+    emulation = Emulation(dp=4, pp=2, nnodes=4, restarts=count, ballast_gib=gib)
+    strikes = Strikes(faults=[], resume_ms=[], failures=[])
+    generator = random.Random(options.seed)
     campaign = Campaign(
-        place=place,
-        emulation=emulation,
-        number=signal.SIGSTOP,
-        count=trials,
-        generator=random.Random(options.seed),
-        failures=failures,
+        place=place, emulation=emulation, number=number, count=count, generator=generator, failures=strikes.failures
     )
-    detect: list[float] = []
-    resume: list[float] = []
-    by_state = 0
     for story in campaign.run():
         records = Records(story.records)
         for fault in story.faults:
-            detect.append(1e3 * fault.incident.detect_s)
-            by_state += fault.incident.cause == "stopped"
             facts = Loss(executions_around(story, fault, emulation, records), fault.worker, fault.at).facts()
-            resume += [1e3 * facts.resume_s] if facts is not None else []
+            strikes.faults.append(fault)
+            strikes.resume_ms.extend([1e3 * facts.resume_s] if facts is not None else [])
+    return strikes
+
+
+def stop_rows(strikes: Strikes) -> list[Row]:
+    """SIGSTOP."""
     within = Target(of="max", limit=1000)
-    rows = [
-        Row(what="SIGSTOP to first instruction in its place (records)", unit="ms", figures=resume, target=within),
-        Row(what="last sign of life to noticed (report)", unit="ms", figures=detect, target=within),
-        Row(
-            what="recognised by process state",
-            unit="",
-            figures=[by_state],
-            target=Target(of="min", limit=len(detect), least=True),
-            note=f"of {len(detect)}",
-        ),
-        Row(what="jobs not back in full strength", unit="", figures=[len(failures)], target=Target(of="max", limit=0)),
+    what = "SIGSTOP to first instruction in its place (records)"
+    by_state = sum(fault.incident.cause == "stopped" for fault in strikes.faults)
+    every = Target(of="min", limit=len(strikes.faults), least=True)
+    note = f"of {len(strikes.faults)}"
+    failed = [len(strikes.failures)]
+    return [
+        Row(what=what, unit="ms", figures=strikes.resume_ms, target=within),
+        replace(strikes.detect, target=within),
+        Row(what="recognised by process state", unit="", figures=[by_state], target=every, note=note),
+        Row(what="jobs not back in full strength", unit="", figures=failed, target=Target(of="max", limit=0)),
     ]
-    return rows, [f"failure: {text}" for text in failures]
 
 
-def kill_rows(place: Place, kills: int, gib: float, options: Options) -> tuple[list[Row], list[str]]:
+def kill_rows(strikes: Strikes, gib: float) -> list[Row]:
     """SIGKILL of workers that hold a lot of memory."""
-    emulation = Emulation(dp=4, pp=2, nnodes=4, restarts=kills, ballast_gib=gib)
-    failures: list[str] = []
-    campaign = Campaign(
-        place=place,
-        emulation=emulation,
-        number=signal.SIGKILL,
-        count=kills,
-        generator=random.Random(options.seed),
-        failures=failures,
-    )
-    detect: list[float] = []
-    ended: list[float] = []
-    resume: list[float] = []
-    for story in campaign.run():
-        records = Records(story.records)
-        for fault in story.faults:
-            detect.append(1e3 * fault.incident.detect_s)
-            ended += [1e3 * fault.ended_s] if fault.ended_s is not None else []
-            facts = Loss(executions_around(story, fault, emulation, records), fault.worker, fault.at).facts()
-            resume += [1e3 * facts.resume_s] if facts is not None else []
-    what = f"SIGKILL of a worker with {gib:g} GiB"
-    rows = [
-        Row(what=f"{what} to first instruction in its place (records)", unit="ms", figures=resume),
-        Row(what="last sign of life to noticed (report)", unit="ms", figures=detect),
+    what = f"SIGKILL of a worker with {gib:g} GiB to first instruction in its place (records)"
+    ended = [1e3 * fault.ended_s for fault in strikes.faults if fault.ended_s is not None]
+    return [
+        Row(what=what, unit="ms", figures=strikes.resume_ms),
+        strikes.detect,
         Row(what="SIGKILL to the end of the process (pidfd)", unit="ms", figures=ended),
     ]
-    return rows, [f"failure: {text}" for text in failures]
 
 
 def count_alarms(job: Job, workers: int, seconds: float) -> tuple[int, int]:
@@ -155,12 +151,11 @@ def main() -> None:
     minutes = found.minutes or (0.5 if found.quick else 10)
     options = options_of("detection", found)
     with make_place() as place:
-        rows, notes = stop_rows(place, trials, options)
-        more, failures = kill_rows(place, found.kills or (1 if found.quick else 8), found.gib, options)
-        rows += more
-        notes += failures
+        stops = strike(place, signal.SIGSTOP, trials, options)
+        kills = strike(place, signal.SIGKILL, found.kills or (1 if found.quick else 8), options, found.gib)
+        rows = [*stop_rows(stops), *kill_rows(kills, found.gib)]
         rows += alarm_rows(place, 60 * minutes, found.loops)
-    options.finish(rows, notes)
+    options.finish(rows, [*stops.notes, *kills.notes])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Protocol
 from elaswave.comm.neighbour_watch import own_process, process_of
 from elaswave.comm.roster import Roster, Store, decode_roster
 from elaswave.core.ids import WorkerId
-from elaswave.errors import ProtocolError
+from elaswave.errors import LinkClosed, ProtocolError
 
 TOKEN_BYTES = 32
 APPLICANT_LIMIT = 1 << 20
@@ -50,9 +51,9 @@ class Entry:
         """Where the other one reaches it."""
         return self.unix if self.host == other.host else self.tcp
 
-    def process_here(self) -> int:
-        """Its process id, where this process can look at it; else 0."""
-        return process_of(self.process) if self.host == own_host() else 0
+    def process_for(self, other: "Entry") -> int:
+        """Its process id, where the other one can look at it; else 0."""
+        return process_of(self.process, other.process) if self.host == other.host else 0
 
     def encode(self) -> str:
         """As text."""
@@ -96,8 +97,21 @@ def decode_admission(text: bytes) -> Admission:
     return Admission(roster=roster, members=members, shares_memory=memory)
 
 
+@contextmanager
+def reaching_store() -> Iterator[None]:
+    """Raise LinkClosed where the store's process is gone: torch's stores raise RuntimeError or one of its kinds."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkClosed(f"the store of the process group is gone: {error}") from error
+
+
 class Directory:
-    """Reads and writes the store. Raises what the store raises where it, or what is waited for, is not there."""
+    """Reads and writes the store.
+
+    What begins a job, or joins it, raises what the store raises where it, or what is waited for, is not there; what
+    goes on while the job runs raises LinkClosed.
+    """
 
     def __init__(self, store: RendezvousStore) -> None:
         self.store = store
@@ -121,7 +135,8 @@ class Directory:
 
     def entries(self, workers: Iterable[WorkerId]) -> dict[WorkerId, Entry]:
         """Of these, which have published theirs."""
-        return {worker: decode_entry(self.store.get(_entry_key(worker))) for worker in workers}
+        with reaching_store():
+            return {worker: decode_entry(self.store.get(_entry_key(worker))) for worker in workers}
 
     # ------------------------------------------------------------------ who comes later
 
@@ -136,18 +151,21 @@ class Directory:
 
     def applicants(self, known: Collection[WorkerId]) -> list[WorkerId]:
         """Who waits to join; `known` have joined, or were removed since."""
-        count = self.store.add("elaswave/applicants", 0)
-        if count > APPLICANT_LIMIT:
-            raise ProtocolError(f"{count} processes have applied: the limit is {APPLICANT_LIMIT}")
-        applied = {WorkerId(self._size() + index) for index in range(count)} - set(known)
-        return [worker for worker in sorted(applied) if self._is_there(worker)]
+        with reaching_store():
+            count = self.store.add("elaswave/applicants", 0)
+            if count > APPLICANT_LIMIT:
+                raise ProtocolError(f"{count} processes have applied: the limit is {APPLICANT_LIMIT}")
+            first = self._size() if count else 0
+            applied = {WorkerId(first + index) for index in range(count)} - set(known)
+            return [worker for worker in sorted(applied) if self._is_there(worker)]
 
     def _is_there(self, worker: WorkerId) -> bool:
         return self.store.check([_entry_key(worker)]) and not self.store.check([_withdrawal_key(worker)])
 
     def admit(self, worker: WorkerId, admission: Admission) -> None:
         """Tell it that it is in; any of those that know, all with the same words."""
-        self.store.set(f"elaswave/admission/{worker}", admission.encode())
+        with reaching_store():
+            self.store.set(f"elaswave/admission/{worker}", admission.encode())
 
     def await_admission(self, worker: WorkerId, timeout: timedelta) -> Admission:
         """Wait for that."""

@@ -13,7 +13,7 @@ from shutil import rmtree
 from elaswave.certificates import files_from_environment
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator
-from elaswave.comm.directory import Admission, Directory, Entry, RendezvousStore, own_entry, own_host
+from elaswave.comm.directory import Admission, Directory, Entry, RendezvousStore, own_entry, reaching_store
 from elaswave.comm.endpoint import Endpoint, EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.neighbour_watch import NeighbourWatch
@@ -81,7 +81,7 @@ class Fabric:
         own = self._entries[self.me]
         self.endpoint.connect({peer: entry.address_for(own) for peer, entry in entries.items()})
         gone = dict(self._roster.removed)
-        found = {peer: entry.process_here() for peer, entry in self._entries.items() if peer not in gone}
+        found = {peer: entry.process_for(own) for peer, entry in self._entries.items() if peer not in gone}
         if self._watch is not None:
             self._watch.close()
         processes = {peer: process for peer, process in found.items() if process}
@@ -236,10 +236,8 @@ class Fabric:
     def add(self, workers: Iterable[WorkerId]) -> None:
         """Have them join the first communicator, which all its members then take up again."""
         with self._lock:
-            try:
+            with reaching_store():
                 roster = add(self._directory.store, self._roster, workers, by=self.me)
-            except RuntimeError as error:
-                raise LinkClosed(f"the store of the process group is gone: {error}") from error
             self._adopt(roster)
         self._tell(roster)
 
@@ -270,10 +268,8 @@ class Fabric:
             known = {worker for worker, _ in self._roster.removed}
             if not peers - known or not self._origins:
                 return
-            try:
+            with reaching_store():
                 roster = remove(self._directory.store, self._roster, peers, by=self.me)
-            except RuntimeError as error:  # torch's stores raise subclasses of it when their process is gone
-                raise LinkClosed(f"the store of the process group is gone: {error}") from error
             self._adopt(roster)
         if roster.writer != self.me:
             # Many notice a loss at once: if all told all, most of the news, and of the links that are dialled for it,
@@ -320,7 +316,7 @@ class Fabric:
     def _clean_up_after(self, worker: WorkerId) -> None:
         """A killed process leaves the folder of its socket behind; nobody dials a removed one any more."""
         entry = self._entries.get(worker)
-        if entry is None or entry.host != own_host():
+        if entry is None or entry.host != self._entries[self.me].host:
             return
         folder = Path(entry.unix.removeprefix("unix:")).parent
         if folder.name.startswith(FOLDER_PREFIX):

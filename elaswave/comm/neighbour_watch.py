@@ -70,7 +70,7 @@ def own_process() -> str:
     return f"{os.stat('/proc/self/ns/pid').st_ino}:{os.getpid() if seen else 0}"
 
 
-def process_of(text: str) -> int:
-    """Process id behind what `own_process` has given in some process of this host; 0 where it cannot be found here."""
+def process_of(text: str, looker: str) -> int:
+    """Process id behind what `own_process` has given, for another process of the host; 0 where that cannot find it."""
     namespace, _, pid = text.partition(":")
-    return int(pid) if namespace == own_process().partition(":")[0] else 0
+    return int(pid) if namespace == looker.partition(":")[0] else 0

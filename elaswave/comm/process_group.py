@@ -324,7 +324,7 @@ def join(
     """Become a rank of a job that runs, in place of init_process_group; the default group, once its ranks `admit` us.
 
     store, init_method: those of the other ranks, who host the store. timeout: theirs; also how long to wait for them.
-    Call `admit` next, at the same place as they. Raises what the store raises when nobody admits us in time.
+    Call `admit` next, at the same place as they. Raises DeadlineExceeded where nobody admits us in time.
     """
     # Rank and size are found out; torch wants some, and takes rank 0 for the host of the store.
     dist.init_process_group(

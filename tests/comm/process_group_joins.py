@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elaswave.comm.fabric import SHARED_MEMORY_VARIABLE
 from elaswave.comm.process_group import ElasticProcessGroup, forget_step, join
-from elaswave.errors import ConfigError, DeadlineExceeded, EpochChanged
+from elaswave.errors import ConfigError, DeadlineExceeded, EpochChanged, FaultError
 from tests.comm.process_group_place import LIMIT_S, Place, die, die_after, job
 from tests.comm.process_group_training import agrees, batch_of, loss_of, model_of, oracle, sgd
 
@@ -173,7 +173,7 @@ def all_with_the_state_are_lost(place: Place) -> object:
             group.admit(lambda source: dist.broadcast(torch.ones(3), source))
         except EpochChanged:
             group.reconfigure()
-        except Exception as error:
+        except FaultError as error:
             said = f"{type(error).__name__}: {error}"
     dist.destroy_process_group()
     return said
@@ -232,5 +232,6 @@ def apply_in_vain(place: Place) -> object:
     group = dist.group.WORLD
     assert isinstance(group, ElasticProcessGroup)
     assert group.admit(lambda _: None) is False
+    assert group._fabric._roster.epoch == 0, "nor was it let in and lost"
     store.set("looked", "1")
     return dist.get_world_size()
