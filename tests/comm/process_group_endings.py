@@ -225,10 +225,12 @@ def killed_and_held(place: Place) -> object:
         if rank == 2:
             signal.pause()
         with held_end(int(store.get("pid2"))) if rank == 0 else nullcontext():
+            start = time.monotonic()
             if rank == 0:
                 os.kill(int(store.get("pid2")), signal.SIGKILL)
             with raises(EpochChanged):
                 dist.all_reduce(torch.ones(500_000))
+            assert time.monotonic() - start < LIMIT_S / 2, "noticed, and not only given up when its time was over"
             group.reconfigure()
             tensor = torch.full((50_000,), rank + 1.0)
             dist.all_reduce(tensor)
