@@ -55,7 +55,8 @@ class _Segment:
         except OSError:
             os.close(self.file)
             raise
-        self.address = int(self.data.ctypes.data)
+        self.address = _address_of(self.data)
+        self.flags = self.data.data
         self.used = 0
         self.starts: list[int] = []
         self.blocks: list[_Block] = []
@@ -77,6 +78,15 @@ class _Block:
     capacity: int
     sent: list[WorkerId] = field(default_factory=list)
 
+    def read(self) -> bytes:
+        """The flags of who was sent it: 1 where it is read, else 0."""
+        return bytes(self.segment.flags[self.start : self.start + len(self.sent)])
+
+    def clear(self) -> None:
+        """Nobody was sent it."""
+        self.segment.flags[self.start : self.start + len(self.sent)] = bytes(len(self.sent))
+        self.sent.clear()
+
 
 class _Lease:
     """Memory that numpy views; `on_end` is called when the last view is gone, on whatever thread that happens."""
@@ -86,7 +96,7 @@ class _Lease:
     def __init__(self, memory: Bytes, start: int, length: int, on_end: Callable[[], None]) -> None:
         self._keep = memory
         self._on_end = on_end
-        address = int(memory.ctypes.data) + start
+        address = _address_of(memory) + start
         self.__array_interface__ = {"data": (address, False), "shape": (length,), "typestr": "|u1", "version": 3}
 
     def __del__(self) -> None:
@@ -126,26 +136,28 @@ class PayloadPool:
         None: no memory for it.
         """
         given = np.frombuffer(payload, dtype=np.uint8)
-        place = None if copy else self._place(given, peer)
-        if place is not None:
-            return place
-        copied = self.take(given.size)
-        if copied is None:
-            return None
-        np.copyto(copied, given)
-        return self._place(copied, peer)
-
-    def _place(self, given: Bytes, peer: WorkerId) -> bytes | None:
-        """Enter a frame to `peer` in the block that holds these bytes, if there is one with a flag left."""
-        address = int(given.ctypes.data)
+        address = _address_of(given)
         with self._lock:
-            block = next(filter(None, (segment.block_at(address) for segment in self._segments)), None)
-            if block is None or len(block.sent) == FLAGS:
+            block = None if copy else self._block_at(address)
+            if block is not None:
+                return _enter(block, peer, address - block.segment.address, given.size)
+            block = None if self._closed else self._take(given.size)
+            if block is None:
                 return None
-            flag = len(block.sent)
-            block.sent.append(peer)
-        start = address - block.segment.address
-        return DESCRIPTOR.pack(block.segment.file, flag, block.segment.data.size, block.start, start, given.size)
+        start = block.start + FLAGS
+        block.segment.data[start : start + given.size] = given
+        with self._lock:
+            # Nobody here keeps it: it is free again as soon as the peer has read it.
+            self._returned.append(block)
+            return None if self._closed else _enter(block, peer, start, given.size)
+
+    def _block_at(self, address: int) -> _Block | None:
+        """The block that holds these bytes, if there is one with a flag left."""
+        for segment in self._segments:
+            block = segment.block_at(address)
+            if block is not None:
+                return block if len(block.sent) < FLAGS else None
+        return None
 
     def connected(self, peer: WorkerId, process: int) -> None:
         """The peer's process: when it ends, what it had borrowed is free."""
@@ -186,18 +198,20 @@ class PayloadPool:
         free = self._free.setdefault(capacity, deque())
         # The newest first: its memory is in the caches still. The oldest are the ones that most likely nobody reads.
         newest = range(len(free) - 1, max(-1, len(free) - 1 - SETTLE_TRIES), -1)
-        for place in (*newest, *range(min(SETTLE_TRIES, max(0, len(free) - SETTLE_TRIES)))):
-            block = free[place]
-            if self._is_settled(block):
-                del free[place]
-                block.sent.clear()
-                block.segment.data[block.start : block.start + FLAGS] = 0
-                return block
-        return self._add(capacity)
+        tries = (*newest, *range(min(SETTLE_TRIES, max(0, len(free) - SETTLE_TRIES))))
+        place = next((place for place in tries if 0 not in free[place].read()), None)
+        if place is None:
+            # Before memory is added, and not at every look: whether a process has ended takes a system call.
+            place = next((place for place in tries if self._is_settled(free[place])), None)
+        if place is None:
+            return self._add(capacity)
+        block = free[place]
+        del free[place]
+        block.clear()
+        return block
 
     def _is_settled(self, block: _Block) -> bool:
-        flags = block.segment.data[block.start : block.start + len(block.sent)].tolist()
-        return all(flag or self._has_ended(peer) for flag, peer in zip(flags, block.sent, strict=True))
+        return all(flag or self._has_ended(peer) for flag, peer in zip(block.read(), block.sent, strict=True))
 
     def _has_ended(self, peer: WorkerId) -> bool:
         opened = self._processes.get(peer)
@@ -219,6 +233,17 @@ class PayloadPool:
         segment.blocks.append(block)
         segment.used += wanted
         return block
+
+
+def _enter(block: _Block, peer: WorkerId, start: int, length: int) -> bytes:
+    """The descriptor of a frame to the peer, whose flag it is given; the block has one left."""
+    flag = len(block.sent)
+    block.sent.append(peer)
+    return DESCRIPTOR.pack(block.segment.file, flag, block.segment.data.size, block.start, start, length)
+
+
+def _address_of(memory: Bytes) -> int:
+    return int(memory.__array_interface__["data"][0])
 
 
 def _is_readable(opened: int) -> bool:

@@ -50,6 +50,7 @@ _DTYPES = (
     torch.uint8,
     torch.bool,
 )
+_NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
@@ -344,4 +345,9 @@ def tensor_of(data: Reader, payload: Tensor) -> Tensor:
 
 def bytes_of_tensor(tensor: Tensor) -> memoryview:
     """Bytes of a contiguous host tensor, shared memory."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    if not tensor.numel():
+        return memoryview(b"")
+    data = tensor.detach()
+    if data.dtype.is_floating_point and data.dtype not in _NUMPY_FLOATS:
+        data = data.view(torch.int16 if data.dtype == torch.bfloat16 else torch.uint8)
+    return data.numpy().data.cast("B")

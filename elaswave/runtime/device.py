@@ -1,5 +1,6 @@
 """The device seam: random generators, and the way of tensors between device and host memory. CPU and CUDA."""
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -83,11 +84,17 @@ def canonical(tensor: Tensor) -> Tensor:
     Kernels choose by strides and alignment, so this makes a value that stayed here and one that came over a link give
     the same bits. Returns the tensor itself where nothing is to be done.
     """
-    if tensor.stride() == _row_major(tensor.shape) and tensor.data_ptr() % DATA_ALIGNMENT_BYTES == 0:
+    if is_canonical(tensor):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def is_canonical(tensor: Tensor) -> bool:
+    """Whether `canonical` gives the tensor itself."""
+    return tensor.stride() == _row_major(tensor.shape) and tensor.data_ptr() % DATA_ALIGNMENT_BYTES == 0
+
+
+@lru_cache(maxsize=1024)
 def _row_major(shape: torch.Size) -> tuple[int, ...]:
     """Strides of a fresh tensor. is_contiguous() would accept any stride at a dimension of length 1."""
     strides = [1] * len(shape)

@@ -24,7 +24,7 @@ from elaswave.errors import InvariantError, UserCodeError
 from elaswave.job import Job
 from elaswave.runtime.contribution import Contribution
 from elaswave.runtime.data import MicroBatchData, MicroBatchLoader
-from elaswave.runtime.device import Device, canonical
+from elaswave.runtime.device import Device, canonical, is_canonical
 from elaswave.runtime.model import PARAMETER_DTYPES, HostedModel
 from elaswave.runtime.user_code import UserCode
 
@@ -66,13 +66,14 @@ class _Segment:
     """Consecutive layers whose graphs hang together, and what their backward pass needs.
 
     input: the leaf that the graphs begin with. results: output of each layer, the last layer's is the loss; empty
-    where they are made again.
+    where they are made again. key: seeds the generators for the backward pass of the last one.
     """
 
     first: Layer
     last: Layer
     input: Tensor
     results: tuple[Tensor, ...]
+    key: int
 
 
 class HopRunner:
@@ -140,44 +141,49 @@ class HopRunner:
     def _run_layers(
         self, hop: HopKey, first: Layer, last: Layer, value: Tensor
     ) -> tuple[tuple[_Segment, ...], list[Tensor]]:
-        """Run layers [first, last) from the input of the first one; also the output of each, canonical, graphless."""
+        """Run layers [first, last) from the first one's input; also the canonical output of each, graphless at cuts."""
         segments: list[_Segment] = []
         outputs: list[Tensor] = []
-        begin, leaf = first, self._leaf(first, value)
-        results: list[Tensor] = []
-        for index in range(first, last):
-            layer = Layer(index)
-            given = results[-1] if results else leaf
-            result = self._run(hop, layer, given)
+        layers = range(first, last)
+        # Together, before the first layer: between two of them each function costs ten times what it takes in a loop,
+        # as what layers compute has displaced it from the processor's caches.
+        forward_keys = [layer_key(self._job.seed, hop.step, Layer(layer), hop.micro_batch) for layer in layers]
+        backward_keys = [backward_key(self._job.seed, hop.step, Layer(layer), hop.micro_batch) for layer in layers]
+        begin, given = first, self._leaf(first, value)
+        leaf, results = given, []
+        for index, forward, backward in zip(layers, forward_keys, backward_keys, strict=True):
+            result = self._run(hop, Layer(index), given, forward)
+            results.append(result)
+            if index + 1 < last and self._may_join(given, result):
+                result.register_hook(partial(self._pass_boundary, backward))  # type: ignore[no-untyped-call]
+                outputs.append(result)
+                given = result
+                continue
             output = canonical(result.detach())
             outputs.append(output)
-            results.append(result)
-            if index + 1 < last and self._may_join(given, result, output):
-                result.register_hook(partial(self._pass_boundary, hop, layer))  # type: ignore[no-untyped-call]
-                continue
             kept = () if self._job.recompute else tuple(results)
-            segments.append(_Segment(first=begin, last=Layer(index + 1), input=leaf, results=kept))
+            segments.append(_Segment(first=begin, last=Layer(index + 1), input=leaf, results=kept, key=backward))
             if index + 1 < last:
-                begin, leaf, results = Layer(index + 1), self._leaf(Layer(index + 1), output), []
+                begin, given = Layer(index + 1), self._leaf(Layer(index + 1), output)
+                leaf, results = given, []
         return tuple(segments), outputs
 
-    def _may_join(self, given: Tensor, result: Tensor, output: Tensor) -> bool:
+    def _may_join(self, given: Tensor, result: Tensor) -> bool:
         """Whether the next layer's graph may hang on this result and see what it would see behind a cut."""
-        lies_the_same = output.data_ptr() == result.data_ptr() and output.stride() == result.stride()
         return (
             self._joins
-            and lies_the_same
+            and is_canonical(result)
             and result.is_floating_point()
             and result.grad_fn is not None
             and result is not given
         )
 
-    def _pass_boundary(self, hop: HopKey, layer: Layer, gradient: Tensor | None) -> Tensor | None:
-        """The backward pass comes to `layer` within a segment: what its own engine call would begin with."""
+    def _pass_boundary(self, key: int, gradient: Tensor | None) -> Tensor | None:
+        """The backward pass comes to a layer within a segment: what its own engine call would begin with."""
         if gradient is None:
             return None
         self._boundaries_passed += 1
-        self._device.seed(backward_key(self._job.seed, hop.step, layer, hop.micro_batch))
+        self._device.seed(key)
         return canonical(gradient)
 
     def _leaf(self, layer: Layer, value: Tensor) -> Tensor:
@@ -188,10 +194,10 @@ class HopRunner:
             raise UserCodeError(f"layer {layer - 1} gives {value.dtype}: its output must be a floating-point tensor")
         return value.detach().requires_grad_()
 
-    def _run(self, hop: HopKey, layer: Layer, given: Tensor) -> Tensor:
-        """Output of the layer, for the last one the loss, with its graph."""
+    def _run(self, hop: HopKey, layer: Layer, given: Tensor, key: int) -> Tensor:
+        """Output of the layer, for the last one the loss, with its graph; `key` seeds the generators."""
         module = self._model.layer(layer).module
-        self._device.seed(layer_key(self._job.seed, hop.step, layer, hop.micro_batch))
+        self._device.seed(key)
         # Autograd forbids writing to a leaf that needs a gradient; samples have to be kept from layer 0 by a copy.
         value = given if given.requires_grad else given.clone()
         version = value._version
@@ -203,6 +209,11 @@ class HopRunner:
         if not isinstance(result, Tensor):
             raise UserCodeError(f"layer {layer} gives a {type(result).__name__}: its output must be one tensor")
         return self._loss(hop, result) if layer == self._last_layer else result
+
+    def _run_again(self, hop: HopKey, segment: _Segment) -> Tensor:
+        """What the forward pass of a segment of one layer did not keep."""
+        key = layer_key(self._job.seed, hop.step, segment.first, hop.micro_batch)
+        return self._run(hop, segment.first, segment.input, key)
 
     def _loss(self, hop: HopKey, output: Tensor) -> Tensor:
         target = self._device.from_host(self._load(hop).target)
@@ -218,14 +229,14 @@ class HopRunner:
     ) -> tuple[Tensor | None, list[LayerContribution]]:
         """Gradient by the segment's input, None for layer 0, and the contributions of its layers in their order."""
         layers = [self._model.layer(Layer(layer)) for layer in range(segment.first, segment.last)]
-        results = segment.results or (self._run(hop, segment.first, segment.input),)
+        results = segment.results or (self._run_again(hop, segment),)
         self._check_gradient(hop, Layer(segment.last - 1), results[-1], gradient)
         inputs = [segment.input] if segment.input.requires_grad else []
         targets = [*inputs, *(parameter for hosted in layers for parameter in hosted.parameters)]
         found: tuple[Tensor | None, ...] = (None,) * len(targets)
         self._boundaries_passed = 0
         if targets and results[-1].requires_grad:
-            self._device.seed(backward_key(self._job.seed, hop.step, Layer(segment.last - 1), hop.micro_batch))
+            self._device.seed(segment.key)
             with UserCode(lambda: f"backward pass of layer {segment.last - 1 - self._boundaries_passed}"):
                 found = _gradients(results[-1], targets, gradient)
         if self._boundaries_passed < len(results) - 1:
@@ -297,7 +308,8 @@ def _first_non_finite(hop: HopKey, outputs: list[Tensor]) -> NonFinite | None:
     Every layer is looked at, not only the hop's end: else what is found would depend on where the hops are cut.
     """
     # An infinity or NaN makes the sum one too. Large finite values can, so then each output is looked at closely.
-    sums = torch.stack([output.sum(dtype=torch.float32) for output in outputs])
+    with torch.no_grad():
+        sums = torch.stack([output.sum(dtype=torch.float32) for output in outputs])
     if all(map(math.isfinite, sums.tolist())):
         return None
     for offset, output in enumerate(outputs):
