@@ -1,6 +1,6 @@
 """Reduce and decide: partial sums to owners, reduced gradients to the group, "have" to all (rules 3.3, 3.7, 4)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from elaswave.core.facts import Decided, Decision, Have, LossScalars, Partial, Reduced, ShardScalars
 from elaswave.core.ids import Coverage, ShardId, Step, WorkerId
@@ -216,18 +216,14 @@ class ReductionProtocol(RingProtocol):
                     self.effects.append(Send(to=worker, fact=Decided(decision=decision)))
 
 
-def exact_cover(full: Coverage, sums: list[PartialSum]) -> list[PartialSum] | None:
+def exact_cover(full: Coverage, sums: Sequence[PartialSum]) -> list[PartialSum] | None:
     """Disjoint members of `sums` whose union is `full`; the first such choice in the given order, or None."""
-
-    def search(left: int, index: int) -> list[PartialSum] | None:
-        if not left:
-            return []
-        for position in range(index, len(sums)):
-            mask = sums[position].coverage
-            if mask and not mask & ~left:
-                rest = search(left & ~mask, position + 1)
-                if rest is not None:
-                    return [sums[position], *rest]
-        return None
-
-    return search(full, 0)
+    # Not an inner function: one that calls itself is a cycle, and would keep all payloads until garbage is collected.
+    if not full:
+        return []
+    for position, found in enumerate(sums):
+        if found.coverage and not found.coverage & ~full:
+            rest = exact_cover(Coverage(full & ~found.coverage), sums[position + 1 :])
+            if rest is not None:
+                return [found, *rest]
+    return None
