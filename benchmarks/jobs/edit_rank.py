@@ -50,7 +50,7 @@ class Recovery:
     """How one survivor got over the loss; times of the monotonic clock.
 
     decided_at: the roster of the store got the loss, or was found to have it; None: a peer has told. out_at: all
-    operations of edited groups have ended. ended_at: so have the first all-reduces of their new epoch.
+    operations of groups that lost a member have ended. ended_at: so have their first all-reduces of the new epoch.
     """
 
     decided_at: float | None
@@ -129,7 +129,7 @@ class EditRank:
     # ------------------------------------------------------------------ ours
 
     def train(self) -> Recovery:
-        """All-reduces in all groups until a rank of the world is lost; then edit, and one in each edited group."""
+        """All-reduces in all groups until a rank of the world is lost; then one in each group that it was in."""
         before = self._fabric.endpoint.statistics().dials
         while True:
             running = {name: self._start_large(name) for name in self._groups}
@@ -138,7 +138,7 @@ class EditRank:
             # Where one of these fails and the world has not, others work on, and so must this rank: until it fails too.
             for name in self._groups.keys() - {"world"}:
                 self._succeeds(running[name])
-        edited = {name: group for name, group in self._groups.items() if group.communicator.epoch}
+        edited = self._edited()
         for name in edited.keys() - {"world"}:
             self._succeeds(running[name])
         out_at = time.monotonic()
@@ -148,8 +148,13 @@ class EditRank:
         ended_at = time.monotonic()
         dials = self._fabric.endpoint.statistics().dials - before
         for name in self._groups.keys() - edited.keys():
-            self._fabric.endpoint.wait(running[name].operation)
+            self._succeeds(running[name])
         return Recovery(decided_at=self._watched.decided_at, out_at=out_at, ended_at=ended_at, dials=dials)
+
+    def _edited(self) -> dict[str, Group]:
+        """Those that have lost a member. The others begin anew, too, with the members that they had."""
+        whole = self._grid.groups_of(self._rank)
+        return {name: group for name, group in self._groups.items() if group.communicator.size < len(whole[name])}
 
     def _start_large(self, name: str) -> Running:
         group, tensor = self._groups[name], self._large[name].fill_(1.0)
@@ -175,9 +180,8 @@ class EditRank:
         """The same all-reduces again, when nothing is amiss."""
         wait_until(start_at)
         begun = time.monotonic()
-        for group in self._groups.values():
-            if group.communicator.epoch:
-                self._reduce_small(group)
+        for group in self._edited().values():
+            self._reduce_small(group)
         return begun, time.monotonic()
 
     # ------------------------------------------------------------------ gloo

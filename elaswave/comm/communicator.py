@@ -26,6 +26,12 @@ NOTHING_MISSED = 1 << 40
 KEEP_LIMIT_BYTES = 1 << 20
 """Results that all ranks share, up to this, are kept till the next operation."""
 
+_UNNUMBERED = -1
+"""Of an operation that was started after an edit was acknowledged, and before the members have agreed."""
+
+_STALE = -2
+"""Of such a one when the next edit came first: it fails."""
+
 NO_STAKE = 1 << 60
 """Stake of a rank that has nothing to go on with; more than any other."""
 
@@ -52,7 +58,8 @@ class Communicator:
     """One rank's part of a group. All methods are called with the endpoint's lock held, except the properties.
 
     After an edit it is broken: every operation raises EpochChanged, on all ranks from the same one on, until
-    `acknowledge`. Operations run in the order in which they were started; numbers are never used twice for another one.
+    `acknowledge`. What is started after that runs once the members have agreed. Operations run in the order in which
+    they were started; numbers are never used twice for another one.
     """
 
     def __init__(
@@ -127,11 +134,17 @@ class Communicator:
         if self.broken and self.agreed:
             self._end(operation, self._changed())
             return
-        operation.number = self._next
-        self._next += 1
         self._queue.append(operation)
+        if not self.broken and not self.agreed:
+            operation.number = _UNNUMBERED
+            return
+        self._number(operation)
         if self._queue[0] is operation and not self.broken:
             self._advance(operation, None)
+
+    def _number(self, operation: Operation) -> None:
+        operation.number = self._next
+        self._next += 1
 
     def receive(self, peer: WorkerId, epoch: int, number: int, payload: Tensor) -> None:
         """A frame of an operation. Of an older epoch it is dropped, of a newer one it waits for the edit.
@@ -258,8 +271,8 @@ class Communicator:
         """The operation that may run now."""
         if operation.number == AGREEMENT:
             self._end(operation, None)
-            return None
-        self._complete(operation)
+        else:
+            self._complete(operation)
         return self._queue[0] if self._queue else None
 
     def _complete(self, operation: Operation) -> None:
@@ -311,8 +324,11 @@ class Communicator:
         return None if first is None else first.deadline
 
     def _first_due(self) -> Operation | None:
-        """Not always the oldest: timeouts differ. While members agree, only that has a deadline."""
-        return self._agreement or min(self._queue, key=_deadline_of, default=None)
+        """Not always the oldest: timeouts differ. What an edit has broken off has none but the agreement's."""
+        if self._agreement is None:
+            return min(self._queue, key=_deadline_of, default=None)
+        fresh = (operation for operation in self._queue if operation.number == _UNNUMBERED)
+        return min((self._agreement, *fresh), key=_deadline_of)
 
     # ------------------------------------------------------------------ edits
 
@@ -338,6 +354,8 @@ class Communicator:
             superseded.collective.close()
         for operation in self._queue:
             operation.awaited = None
+            if operation.number == _UNNUMBERED:
+                operation.number = _STALE
         if self.me in self.members:
             self._begin_agreement(now)
         else:
@@ -406,9 +424,13 @@ class Communicator:
         self._completed = max(self._completed, last)
         self._joined = False
         self._next = self._completed + 1
-        for operation in self._queue:
-            self._end(operation, self._changed())
-        self._queue.clear()
+        begun, self._queue = self._queue, deque()
+        for operation in begun:
+            if operation.number == _UNNUMBERED:
+                self._number(operation)
+                self._queue.append(operation)
+            else:
+                self._end(operation, self._changed())
 
     def check(self) -> None:
         """Raise why operations fail now, if they do: ranks may stand for others than the user knows of."""
@@ -416,10 +438,12 @@ class Communicator:
             raise self.failure or self._changed()
 
     def acknowledge(self) -> None:
-        """The user knows of the edit: operations work again. Raises EpochChanged where this process was removed."""
+        """The user knows of the edit: operations work again, once members have agreed.
+
+        Raises EpochChanged where this process was removed.
+        """
         _ = self.rank
-        if self.agreed:
-            self.broken = False
+        self.broken = False
 
     def _changed(self) -> EpochChanged:
         return EpochChanged(

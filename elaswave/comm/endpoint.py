@@ -220,8 +220,11 @@ class Endpoint:
         self._inbox.put(Woken())  # what is awaited may have ended here, or be something else now
         return report
 
-    def acknowledge(self, communicator: Communicator, deadline: float) -> None:
-        """Wait for the agreement that an edit has begun, and let operations work again; raises what it fails with."""
+    def await_agreement(self, communicator: Communicator, deadline: float) -> None:
+        """Wait for the agreement that an edit has begun; after DeadlineExceeded first for the edit.
+
+        Raises what operations fail with otherwise.
+        """
         before = communicator.failure  # mended by the next edit only
         if before is not None and not isinstance(before, DeadlineExceeded):
             raise before
@@ -231,6 +234,12 @@ class Endpoint:
 
         what = "the agreement of" if before is None else "an edit that removes who is missing from"
         self.drive(is_done, deadline, f"{what} {communicator.name}")
+        failure = communicator.failure
+        if failure is not None:
+            raise failure
+
+    def acknowledge(self, communicator: Communicator) -> None:
+        """Let operations work again after an edit; they wait for the agreement. Raises what else they fail with."""
         with self._state:
             if communicator.failure is not None:
                 raise communicator.failure

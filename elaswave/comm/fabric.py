@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 
@@ -25,10 +27,24 @@ CLOSE_S = 5.0
 FOLDER_PREFIX = "elaswave-"
 LOOK_S = 0.005
 """How often those who make a group look whether all have come: a store cannot be awaited together with links."""
+NAMED_MEMBERS = 16
+"""Names of groups tell their members, up to so many."""
+
+MADE, BROKEN = "made", "broken"
+"""What those who make a group decide; or the ranks that have not come."""
+
 HOST_VARIABLE = "ELASWAVE_HOST"
 """Numeric address at which this process listens for those of other hosts. Default: 127.0.0.1."""
 SHARED_MEMORY_VARIABLE = "ELASWAVE_SHARED_MEMORY"
 """0: groups that this process is in use links only, also where all their processes are on one host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a communicator began with: members, and the epoch of the roster at which they gathered."""
+
+    members: tuple[WorkerId, ...]
+    epoch: int
 
 
 class Fabric:
@@ -46,8 +62,8 @@ class Fabric:
         self._roster: Roster = FIRST
         self._departed: set[WorkerId] = set()
         self._timeout_s = timeout.total_seconds()
-        self._made: dict[tuple[str, int], int] = {}  # groups of a name and epoch so far
-        self._origins: dict[Communicator, tuple[WorkerId, ...]] = {}
+        self._made: dict[tuple[tuple[WorkerId, ...], int], int] = {}  # groups of members and an epoch, tried so far
+        self._origins: dict[Communicator, Origin] = {}
         self._entries: dict[WorkerId, Entry] = {}
         self._watch: NeighbourWatch | None = None
         self._world: Communicator | None = None  # that of the first group, to which new processes come
@@ -116,51 +132,54 @@ class Fabric:
         if admission is None:
             return self.communicator(name, sorted(self._entries))
         found = self.endpoint.communicator(name, admission.members, epoch=admission.roster.epoch)
-        self._origins[found] = admission.members
+        self._origins[found] = Origin(members=admission.members, epoch=admission.roster.epoch)
         return found
 
-    def gather(self, name: str, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> Communicator:
-        """That of a new group; all members call it with a store of the group's own.
+    def gather(self, ranks: Sequence[int], timeout: timedelta) -> Communicator:
+        """That of a new group of these ranks of the first one, in this order; all its members call it.
 
-        Name and store may be those of an earlier group of the same ranks, if all members have had that: torch hashes
-        names of its ranks. Raises EpochChanged where a loss keeps a member away: one that waited for it here would hear
-        of nothing.
+        What else a process has made, or tried to make, need not be the same on all: after a loss it is not. Raises
+        EpochChanged where a loss keeps a member away, DeadlineExceeded on all of them where one does not come.
         """
         with self._lock:
             epoch = self._roster.epoch  # who has not heard of it yet will, and come again
             if self.broken:  # others may come to this place later, when they have taken up their groups
                 raise EpochChanged("a member was lost before a group was made: call reconfigure() and make it then")
-        count = self._made.get((name, epoch), 0)
-        place = f"elaswave/{epoch}/{count}"
-        members = self._gather(place, store, rank, size, timeout)
-        self._made[name, epoch] = count + 1  # only what all have made: attempts differ
-        return self.communicator(f"{name}/{epoch}/{count}" if epoch or count else name, members)
-
-    def _gather(self, place: str, store: RendezvousStore, rank: int, size: int, timeout: timedelta) -> list[WorkerId]:
-        decision = f"{place}/decision"
-        store.set(f"{place}/member/{rank}", str(self.me))
-        keys = [f"{place}/member/{index}" for index in range(size)]
-        deadline = time.monotonic() + timeout.total_seconds()
-        while not store.check(keys):
-            if self.broken:
-                store.compare_set(decision, "", "broken")
-                break
-            now = time.monotonic()
-            if now > deadline:
-                missing = [index for index, key in enumerate(keys) if not store.check([key])]
-                raise DeadlineExceeded(f"ranks {missing} of a new group have not come in {timeout.total_seconds()} s")
-            with suppress(DeadlineExceeded):
-                self.endpoint.drive(lambda: self.broken, now + LOOK_S, "news of a lost member")
-        # Whoever decides first decides for all, so that nobody has a group of which another has not heard.
-        if store.compare_set(decision, "", "made") != b"made":
+            first = next(iter(self._origins)).members
+            members = tuple(first[rank] for rank in ranks)
+        name = _name_of(members, epoch, self._made.get((members, epoch), 0))
+        decision = self._decide(f"elaswave/group/{name}", members, timeout)
+        self._made[members, epoch] = self._made.get((members, epoch), 0) + 1
+        if decision == MADE:
+            return self.communicator(name, members, since=epoch)
+        if decision == BROKEN:
             raise EpochChanged("a member was lost while a group was made: call reconfigure() and make it again")
-        return [WorkerId(int(store.get(key))) for key in keys]
+        raise DeadlineExceeded(f"ranks {decision} of a new group of {name} have not come in time")
 
-    def communicator(self, name: str, members: Sequence[WorkerId]) -> Communicator:
-        """A new one of these workers, without those that are gone by now."""
+    def _decide(self, place: str, members: Sequence[WorkerId], timeout: timedelta) -> str:
+        """Wait for them; who has not come in time, or MADE or BROKEN. The same on all: who is first decides."""
+        store, keys = self._directory.store, {worker: f"{place}/{worker}" for worker in members}
+        deadline = time.monotonic() + timeout.total_seconds()
+        with reaching_store():
+            store.set(keys[self.me], "1")
+            wanted = MADE
+            while not store.check(list(keys.values())):
+                if self.broken:
+                    wanted = BROKEN
+                    break
+                now = time.monotonic()
+                if now > deadline:
+                    wanted = str([index for index, key in enumerate(keys.values()) if not store.check([key])])
+                    break
+                with suppress(DeadlineExceeded):
+                    self.endpoint.drive(lambda: self.broken, now + LOOK_S, "news of a lost member")
+            return store.compare_set(f"{place}/decision", "", wanted).decode()
+
+    def communicator(self, name: str, members: Sequence[WorkerId], *, since: int = 0) -> Communicator:
+        """A new one of these workers, who have agreed on it in this epoch, without those that are gone by now."""
         found = self.endpoint.communicator(name, members)
         with self._lock:
-            self._origins[found] = tuple(members)
+            self._origins[found] = Origin(members=tuple(members), epoch=since)
             self._apply(found)
         return found
 
@@ -168,7 +187,7 @@ class Fabric:
         """All that it began with are processes of one host, and none was told not to; the same on all members."""
         if communicator is self._world and self._admission is not None:
             return self._admission.shares_memory
-        entries = [self._entries[worker] for worker in self._origins[communicator]]
+        entries = [self._entries[worker] for worker in self._origins[communicator].members]
         return all(entry.shares_memory and entry.host == entries[0].host for entry in entries)
 
     @property
@@ -209,16 +228,42 @@ class Fabric:
         """What some communicator here has failed with, if not with a loss."""
         return next((found.failure for found in tuple(self._origins) if found.failure is not None), None)
 
-    def reconfigure(self) -> None:
-        """Wait until the members of every broken communicator have agreed on what has succeeded, and take it up again.
+    def reconfigure(self) -> int:
+        """Take up all communicators again, once the members of the first one have agreed on what has succeeded.
 
+        Others may still be at that: what is started on them waits for it, and nobody waits for what is not used.
         After DeadlineExceeded it waits for a loss. Raises EpochChanged where this process was removed itself,
-        DeadlineExceeded where it takes longer than the timeout of the first process group.
+        DeadlineExceeded where it takes longer than the timeout of the first process group. Returns the epoch.
         """
         deadline = time.monotonic() + self._timeout_s
-        for communicator in tuple(self._origins):
-            if communicator.broken:
-                self.endpoint.acknowledge(communicator, deadline)
+        while (epoch := self._take_up()) is None:
+            for communicator in self._unsettled():
+                self.endpoint.await_agreement(communicator, deadline)
+        return epoch
+
+    def _unsettled(self) -> list[Communicator]:
+        found = tuple(self._origins)
+        return [
+            communicator
+            for communicator in found
+            if communicator.broken and (communicator.failure is not None or communicator is found[0])
+            if not communicator.agreed
+        ]
+
+    def _take_up(self) -> int | None:
+        """All of them in the same epoch: were one taken up in the next, its operations would run ahead of others."""
+        with self._lock:  # so that no edit comes between
+            if self._unsettled():
+                return None
+            for communicator in tuple(self._origins):
+                if communicator.broken:
+                    self.endpoint.acknowledge(communicator)
+            return self._roster.epoch
+
+    @property
+    def losses(self) -> int:
+        """How many are known to be lost."""
+        return len(self._roster.removed)
 
     def is_world(self, communicator: Communicator) -> bool:
         """Whether it is the first one, to which new processes come."""
@@ -323,7 +368,15 @@ class Fabric:
             rmtree(folder, ignore_errors=True)
 
     def _apply(self, communicator: Communicator) -> None:
-        grows = communicator is self._world
-        for change in self._roster.changes(self._origins[communicator], grows=grows):
-            if change.epoch > communicator.epoch:
+        grows, origin = communicator is self._world, self._origins[communicator]
+        for change in self._roster.changes(origin.members, grows=grows):
+            if change.epoch > max(communicator.epoch, origin.epoch):
                 self.endpoint.edit(communicator, change.epoch, change.removed, change.added)
+
+
+def _name_of(members: tuple[WorkerId, ...], epoch: int, count: int) -> str:
+    """The same on all members, and of no other group."""
+    listed = ",".join(map(str, members))
+    if len(members) > NAMED_MEMBERS:
+        listed = f"{members[0]},...,{members[-1]} ({sha256(listed.encode()).hexdigest()[:16]})"
+    return f"workers {listed}" + (f"/{epoch}/{count}" if epoch or count else "")

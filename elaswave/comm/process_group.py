@@ -29,6 +29,9 @@ from elaswave.errors import ConfigError, ElasWaveError, EpochChanged, InvariantE
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store, _DistributedBackendOptions
 
+GROUPS_PER_EPOCH = 1 << 20
+"""More than any program makes between two losses."""
+
 Tensors = Sequence[Tensor]
 Result = TypeVar("Result")
 
@@ -117,8 +120,7 @@ class ElasticProcessGroup(dist.ProcessGroup):
         EpochChanged: this process was taken for lost itself. DeadlineExceeded: after the timeout of the first group.
         """
         del options
-        self._fabric.reconfigure()
-        _update_tables()
+        _update_tables(self._fabric.reconfigure())
 
     def admit(self, share: Callable[[int], object]) -> bool:
         """At a place in the program that all ranks come to: processes that wait in `join` become ranks, the last ones.
@@ -133,15 +135,13 @@ class ElasticProcessGroup(dist.ProcessGroup):
             raise ConfigError(
                 f"group {self._name} cannot grow: call admit() of the default group, and make this one anew"
             )
-        world = dist.distributed_c10d._world
         while True:
             with self.guard():
+                losses = self._fabric.losses
                 applicants = self._fabric.applicants() if self.rank() == 0 else []
-                survey = self._newcomer.survey(self._group, bool(applicants), world.group_count)
-                world.group_count = survey.groups  # groups made from now on have the same names on all ranks
+                survey = self._newcomer.survey(self._group, bool(applicants))
                 if survey.wanted:
-                    take_in(self._fabric, applicants)
-                    _update_tables()
+                    _update_tables(take_in(self._fabric, applicants, losses))
                     continue
                 if survey.lacking:
                     self._newcomer.receive(self._group, share, survey.source)
@@ -395,15 +395,17 @@ def _rows(tensor: Tensor, sizes: list[int], count: int) -> list[Tensor]:
     return list(tensor.detach().split(sizes))
 
 
-def _update_tables() -> None:
-    """Have torch translate global ranks as they are now.
+def _update_tables(epoch: int) -> None:
+    """Have torch translate global ranks as they are now, and count groups anew.
 
-    A group may still have members that the world has lost meanwhile; it raises EpochChanged before it is used.
+    Ranks that have broken off a step have made different numbers of groups, and other backends go by the name. A group
+    may still have members that the world has lost meanwhile; it raises EpochChanged before it is used.
     """
     world = dist.distributed_c10d._world
     default = world.default_pg
     if not isinstance(default, ElasticProcessGroup):
         return
+    world.group_count = max(world.group_count, epoch * GROUPS_PER_EPOCH)
     members = default._group.communicator.members
     for group in world.pg_map:
         if isinstance(group, ElasticProcessGroup):
@@ -420,7 +422,7 @@ def _create(options: "_DistributedBackendOptions", backend_options: object) -> E
         fabric = ElasticProcessGroup.fabric = Fabric(options.store, rank, size, options.timeout, joins=joins)
         communicator = fabric.world(options.group_id or "default")
     else:
-        communicator = fabric.gather(options.group_id, options.store, rank, size, options.timeout)
+        communicator = fabric.gather(options.global_ranks_in_group, options.timeout)
     group = Group(
         fabric.endpoint,
         communicator,

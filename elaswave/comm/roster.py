@@ -50,14 +50,19 @@ class Roster:
         return replace(self, epoch=self.epoch + 1, added=(*self.added, *new), writer=writer) if new else self
 
     def changes(self, members: Iterable[WorkerId], *, grows: bool) -> tuple[Change, ...]:
-        """What has happened to a communicator that began with these members, by epoch; grows: new ones come to it."""
+        """What has happened to a communicator that began with these members, by epoch; grows: new ones come to it.
+
+        A loss concerns all communicators: who was in the lost member's repeats a step, and others would not know which
+        of their operations with it belong to the first attempt.
+        """
         known = set(members)
         changes: list[Change] = []
+        lossy = {epoch for _, epoch in self.removed}
         for epoch in range(1, self.epoch + 1):
             added = tuple(worker for worker, when in self.added if when == epoch) if grows else ()
             known.update(added)
             removed = tuple(worker for worker, when in self.removed if when == epoch and worker in known)
-            if removed or added:
+            if added or epoch in lossy:
                 changes.append(Change(epoch=epoch, removed=removed, added=added))
         return tuple(changes)
 

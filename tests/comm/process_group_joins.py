@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elaswave.comm.fabric import SHARED_MEMORY_VARIABLE
 from elaswave.comm.process_group import ElasticProcessGroup, forget_step, join
+from elaswave.core.ids import WorkerId
 from elaswave.errors import ConfigError, DeadlineExceeded, EpochChanged, FaultError
 from tests.comm.process_group_place import LIMIT_S, Place, die, die_after, job
 from tests.comm.process_group_training import agrees, batch_of, loss_of, model_of, oracle, sgd
@@ -235,3 +237,33 @@ def apply_in_vain(place: Place) -> object:
     assert group._fabric._roster.epoch == 0, "nor was it let in and lost"
     store.set("looked", "1")
     return dist.get_world_size()
+
+
+@job
+def loss_while_others_join(place: Place) -> object:
+    """Rank 2 dies when all are agreed that a process is to join; rank 0 hears of that first. Whether `admit` raised."""
+    group = begin(place, place.size - 1)
+    fabric = group._fabric
+    if place.rank == 0:
+        deadline, let_in = time.monotonic() + LIMIT_S, fabric.add
+        while not fabric.applicants():
+            assert time.monotonic() < deadline
+
+        def add_later(workers: Iterable[WorkerId]) -> None:
+            fabric.endpoint.drive(lambda: fabric.broken, deadline, "news of the loss")
+            let_in(workers)
+
+        fabric.add = add_later  # type: ignore[method-assign]
+    if place.rank == 2:
+        fabric.await_change = die  # type: ignore[method-assign]
+    raised, shared = 0, list[int]()
+    while not shared:
+        try:
+            with group.guard():
+                group.admit(shared.append)
+        except EpochChanged:
+            group.reconfigure()
+            raised += 1
+    dist.barrier()
+    dist.destroy_process_group()
+    return raised > 0

@@ -28,6 +28,7 @@ from tests.comm import (  # noqa: F401 (they add to JOBS)
     process_group_joins,
     process_group_native,
     process_group_steps,
+    process_group_subgroups,
     process_group_tls,
     process_group_training,
 )

@@ -86,6 +86,9 @@ class Walk:
             else:
                 assert isinstance(operation.error, EpochChanged)
                 self.raised[worker].append(len(self.results[worker]))
+        elif communicator.broken and not communicator.agreed and self.generator.random() < 0.5:
+            communicator.acknowledge()  # its user has heard of the edit elsewhere
+            self._start(worker)
         elif communicator.broken and communicator.agreed and self.told[worker] == self.epoch:
             if self.raised[worker] and self.raised[worker][-1] == len(self.results[worker]):
                 communicator.acknowledge()

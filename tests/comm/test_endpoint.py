@@ -98,6 +98,11 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def take_up(endpoint: Endpoint, communicator: Communicator) -> None:
+    endpoint.await_agreement(communicator, time.monotonic() + LIMIT_S)
+    endpoint.acknowledge(communicator)
+
+
 def mappings() -> int:
     return Path("/proc/self/maps").read_text().count("elaswave-arena")
 
@@ -111,7 +116,7 @@ def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path, arena_bytes: int)
         def edit(rank: int, epoch: int, *, add: bool) -> None:
             endpoint, communicator = groups[rank].endpoint, groups[rank].communicator
             endpoint.edit(communicator, epoch, () if add else (joining,), (joining,) if add else ())
-            endpoint.acknowledge(communicator, time.monotonic() + LIMIT_S)
+            take_up(endpoint, communicator)
 
         def work(rank: int, epochs: range) -> None:
             for epoch in epochs:
@@ -123,7 +128,7 @@ def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path, arena_bytes: int)
                     groups[2].close()
                     communicator = endpoint.communicator("all", ranks.members, epoch=epoch)
                     groups[2] = Group(endpoint, communicator, LIMIT_S, arena_bytes=arena_bytes)
-                    endpoint.acknowledge(communicator, time.monotonic() + LIMIT_S)
+                    take_up(endpoint, communicator)
                 if rank < 2 or epoch % 2 == 0:
                     assert sum_of_ones(groups[rank]) == (3.0 if epoch % 2 == 0 else 2.0)
 
@@ -138,8 +143,11 @@ def test_a_thousand_edits_leave_nothing_behind(tmp_path: Path, arena_bytes: int)
         assert ranks.closed == []
 
 
+@pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("arena_bytes", ARENAS)
-def test_a_storm_of_edits_from_several_threads_ends_every_operation(tmp_path: Path, arena_bytes: int) -> None:
+def test_a_storm_of_edits_from_several_threads_ends_every_operation(
+    tmp_path: Path, arena_bytes: int, settled: bool
+) -> None:
     with gang(tmp_path, 4) as ranks:
         groups = ranks.groups(arena_bytes=arena_bytes)
         edits = 40
@@ -159,7 +167,9 @@ def test_a_storm_of_edits_from_several_threads_ends_every_operation(tmp_path: Pa
                     assert sum_of_ones(groups[rank]) == 4.0
                 except EpochChanged:
                     changed += 1
-                    endpoint.acknowledge(communicator, time.monotonic() + LIMIT_S)
+                    if settled:
+                        endpoint.await_agreement(communicator, time.monotonic() + LIMIT_S)
+                    endpoint.acknowledge(communicator)
             for thread in threads:
                 thread.join()
             return changed
@@ -187,7 +197,7 @@ def test_who_is_removed_is_told_so(tmp_path: Path) -> None:
         with pytest.raises(EpochChanged):
             groups[1].endpoint.wait(operation)
         with pytest.raises(EpochChanged, match="was removed from all in epoch 1"):
-            groups[1].endpoint.acknowledge(groups[1].communicator, time.monotonic() + LIMIT_S)
+            take_up(groups[1].endpoint, groups[1].communicator)
 
 
 @pytest.mark.parametrize("arena_bytes", ARENAS)
@@ -258,7 +268,7 @@ def test_a_lost_peer_is_reported_to_who_waits(tmp_path: Path) -> None:
         endpoint.edit(groups[0].communicator, 1, (WorkerId(1),))
         with pytest.raises(EpochChanged):
             endpoint.wait(operation)
-        endpoint.acknowledge(groups[0].communicator, time.monotonic() + LIMIT_S)
+        take_up(endpoint, groups[0].communicator)
         assert sum_of_ones(groups[0]) == 1.0
 
 

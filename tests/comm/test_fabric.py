@@ -36,9 +36,9 @@ class Gang:
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
-        store = dist.HashStore()  # type: ignore[attr-defined]
+        self.store = dist.HashStore()  # type: ignore[attr-defined]
         limit = timedelta(seconds=LIMIT_S)
-        self.fabrics = self.on(MEMBERS, lambda worker: Fabric(store, worker, len(MEMBERS), limit))
+        self.fabrics = self.on(MEMBERS, lambda worker: Fabric(self.store, worker, len(MEMBERS), limit))
         self._groups = {
             worker: Group(fabric.endpoint, fabric.communicator("all", MEMBERS), LIMIT_S)
             for worker, fabric in self.fabrics.items()
@@ -160,12 +160,12 @@ def test_a_roster_of_unknown_workers_takes_its_sender_for_broken(gang: Gang) -> 
 
 def test_a_group_of_a_name_that_was_used_before_gets_nothing_meant_for_that(gang: Gang) -> None:
     """As torch names groups of the same ranks that are made one after the other."""
-    pair, store = MEMBERS[:2], dist.HashStore()  # type: ignore[attr-defined]
+    pair = MEMBERS[:2]
     limit = timedelta(seconds=LIMIT_S)
 
     def made(worker: WorkerId) -> Group:
         fabric = gang.fabrics[worker]
-        return Group(fabric.endpoint, fabric.gather("pair", store, worker, 2, limit), LIMIT_S)
+        return Group(fabric.endpoint, fabric.gather(pair, limit), LIMIT_S)
 
     def sum_of(group: Group, value: float) -> float:
         tensor = torch.full((5,), value)
@@ -188,16 +188,16 @@ def test_a_group_of_a_name_that_was_used_before_gets_nothing_meant_for_that(gang
 def test_a_group_that_a_loss_has_kept_from_being_made_is_made_again_under_its_name(gang: Gang, known: bool) -> None:
     """Whether the loss is known when it is tried, and though others have not tried."""
     *left, lost = MEMBERS
-    store, limit = dist.HashStore(), timedelta(seconds=LIMIT_S)  # type: ignore[attr-defined]
+    limit = timedelta(seconds=LIMIT_S)
 
     def attempt(worker: WorkerId) -> Communicator:
-        return gang.fabrics[worker].gather("three", store, worker, 3, limit)
+        return gang.fabrics[worker].gather(range(3), limit)
 
     if known:
         gang.lose(left[0], lost)
     waiting = gang.start(lambda: attempt(left[0]))
     if not known:
-        store.wait(["elaswave/0/0/member/0"], limit)
+        gang.store.wait(["elaswave/group/workers 0,1,2/0"], limit)
         gang.lose(left[0], lost)
     with pytest.raises(EpochChanged):
         waiting.result(LIMIT_S)

@@ -53,3 +53,10 @@ def test_an_applicant_that_dies_is_not_waited_for(nursery: Nursery, tmp_path: Pa
 
 def test_who_gives_up_is_not_let_in(nursery: Nursery, tmp_path: Path) -> None:
     assert nursery.run("apply_in_vain", 2, tmp_path) == {0: 1, 1: False}
+
+
+@both
+def test_a_loss_while_others_join_is_raised_on_all_or_on_none(nursery: Nursery, tmp_path: Path, memory: str) -> None:
+    """One that hears of both at once has repeated nothing otherwise, what the rest of the program may have to."""
+    raised = nursery.run("loss_while_others_join", 4, tmp_path, killed=(2,), memory=memory)
+    assert raised == {0: True, 1: True, 3: False}

@@ -99,7 +99,7 @@ def test_torch_is_told_of_ranks_while_a_loss_is_becoming_known(gang: Gang, monke
     world, other = gang.worlds[0], gang.others[0]
     gang.fabrics[0].endpoint.edit(world._group.communicator, 1, [MEMBERS[1]])
     ranks: dict[object, dict[int, int]] = {}
-    known = SimpleNamespace(default_pg=world, pg_map={world: None, other: None}, pg_group_ranks=ranks)
+    known = SimpleNamespace(group_count=0, default_pg=world, pg_map={world: None, other: None}, pg_group_ranks=ranks)
     monkeypatch.setattr(dist.distributed_c10d, "_world", known)
-    _update_tables()
+    _update_tables(1)
     assert ranks == {world: {0: 0, 1: 1}, other: {0: 0, 1: 2}}
