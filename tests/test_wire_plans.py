@@ -79,10 +79,13 @@ def plans(
     steps = sorted(draw(st.sets(st.integers(0, 5), min_size=1, max_size=3)))
     table_routes = st.tuples(*[routes(layers, epoch) for _ in range(micro_batches)])
     shard_epochs = st.dictionaries(st.integers(0, shards).map(ShardId), st.integers(1, epoch).map(Epoch), max_size=3)
+    present = draw(members())
+    ids = sorted({found.worker for found in present})
     return Plan(
         epoch=Epoch(epoch),
         reason=draw(st.text(max_size=10)),
-        members=draw(members()),
+        members=present,
+        callers=tuple(draw(st.lists(st.sampled_from(ids), unique=True, max_size=2))) if ids else (),
         hosting=draw(
             st.dictionaries(workers, st.lists(st.integers(0, 9).map(Layer), unique=True, max_size=3).map(tuple))
         ),
@@ -314,6 +317,9 @@ def _add_route(micro_batch: int, *hops: tuple[int, int, int]) -> Callable[[contr
         (r"ReducePlan\.order", lambda d: d.reduce_plans.add(layer=1, kind="ring", order=[1, 1])),
         (r"ReducePlan\.epoch", lambda d: d.reduce_plans.add(layer=1, kind="direct", epoch=3)),
         (r"ReducePlan\.first_step", lambda d: d.reduce_plans.add(layer=1, kind="direct", first_step=2**64 - 1)),
+        (r"PlanDelta\.callers is 9", lambda d: d.callers.append(9)),
+        (r"PlanDelta\.callers", lambda d: d.callers.extend([1, 1])),
+        (r"PlanDelta\.callers", lambda d: d.callers.extend([1, 2, 3])),
         (r"PlanDelta\.gates", lambda d: [d.gates.add(shard=1, epoch=1) for _ in range(2)]),
     ],
 )

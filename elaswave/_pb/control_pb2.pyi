@@ -92,7 +92,7 @@ class ReducePlan(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., kind: _Optional[str] = ..., order: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., first_step: _Optional[int] = ...) -> None: ...
 
 class PlanDelta(_message.Message):
-    __slots__ = ("epoch", "reason", "members_added", "members_removed", "hosting", "first_steps", "tables", "groups", "queries", "gates", "finished", "reduce_plans")
+    __slots__ = ("epoch", "reason", "members_added", "members_removed", "hosting", "first_steps", "tables", "groups", "queries", "gates", "finished", "reduce_plans", "callers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_ADDED_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class PlanDelta(_message.Message):
     GATES_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     REDUCE_PLANS_FIELD_NUMBER: _ClassVar[int]
+    CALLERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     reason: str
     members_added: _containers.RepeatedCompositeFieldContainer[Member]
@@ -117,7 +118,8 @@ class PlanDelta(_message.Message):
     gates: _containers.RepeatedCompositeFieldContainer[ShardEpoch]
     finished: bool
     reduce_plans: _containers.RepeatedCompositeFieldContainer[ReducePlan]
-    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ..., members_added: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., members_removed: _Optional[_Iterable[int]] = ..., hosting: _Optional[_Iterable[_Union[Hosting, _Mapping]]] = ..., first_steps: _Optional[_Iterable[int]] = ..., tables: _Optional[_Iterable[_Union[RouteTable, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., queries: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., gates: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., finished: bool = ..., reduce_plans: _Optional[_Iterable[_Union[ReducePlan, _Mapping]]] = ...) -> None: ...
+    callers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ..., members_added: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., members_removed: _Optional[_Iterable[int]] = ..., hosting: _Optional[_Iterable[_Union[Hosting, _Mapping]]] = ..., first_steps: _Optional[_Iterable[int]] = ..., tables: _Optional[_Iterable[_Union[RouteTable, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., queries: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., gates: _Optional[_Iterable[_Union[ShardEpoch, _Mapping]]] = ..., finished: bool = ..., reduce_plans: _Optional[_Iterable[_Union[ReducePlan, _Mapping]]] = ..., callers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "tie_group")

@@ -86,7 +86,8 @@ class Plan:
     `tables` ascend by first step and the first one starts at or before any step still under way.
     `queries[shard]` is the epoch under which the owner of a shard was lost with no confirmed copy left;
     `gates[shard]` the epoch that made its joining copies gate. `finished` lets workers leave (rule 4.11).
-    Layers that `reduce_plans` does not name are reduced directly.
+    Layers that `reduce_plans` does not name are reduced directly. `callers`: the member that runs the user's callbacks,
+    then the one that holds a copy of their state.
     """
 
     epoch: Epoch
@@ -98,6 +99,7 @@ class Plan:
     queries: Mapping[ShardId, Epoch] = field(default_factory=dict)
     gates: Mapping[ShardId, Epoch] = field(default_factory=dict)
     reduce_plans: Mapping[Layer, ReducePlan] = field(default_factory=dict)
+    callers: tuple[WorkerId, ...] = ()
     finished: bool = False
     ids: frozenset[WorkerId] = field(init=False, compare=False, repr=False)
     hosts_of_layer: Mapping[Layer, tuple[WorkerId, ...]] = field(init=False, compare=False, repr=False)
@@ -109,6 +111,16 @@ class Plan:
             for layer in self.hosting[worker]:
                 hosts.setdefault(layer, []).append(worker)
         object.__setattr__(self, "hosts_of_layer", {layer: tuple(found) for layer, found in hosts.items()})
+
+    @property
+    def caller(self) -> WorkerId | None:
+        """Who runs the user's callbacks; None where nobody is left."""
+        return self.callers[0] if self.callers else None
+
+    @property
+    def keeper(self) -> WorkerId | None:
+        """Who holds a copy of the state of the user's callbacks; None where the caller is alone."""
+        return self.callers[1] if len(self.callers) > 1 else None
 
     def table(self, step: Step) -> RouteTable:
         """The routes in force at `step`."""

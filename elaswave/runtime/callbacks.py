@@ -1,8 +1,8 @@
 """The user's callbacks and declared state: called on one worker, kept by two, handed on when the caller dies.
 
-The lowest member of the plan calls. After each step it sends the user's state to the next one; who becomes the lowest
-takes the newest state that it was sent and repeats the callbacks of the steps since, whose results all workers know. So
-a callback runs at least once per step, and its state is that of the last step whatever dies, one worker at a time.
+The plan's caller calls. After each step it sends the user's state to the keeper; who becomes the caller takes the
+newest state that it was sent and repeats the callbacks of the steps since, whose results all workers know. So a
+callback runs at least once per step, and its state is that of the last step whatever dies, one worker at a time.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ class Callbacks:
     def plan_changed(self, plan: Plan) -> None:
         """Whoever calls or keeps may be another worker now."""
         if self.needed and plan.ids and self._me in plan.ids:
-            self._keeper = None if _keeper(plan) != self._keeper else self._keeper
+            self._keeper = None if plan.keeper != self._keeper else self._keeper
             self.catch_up(plan)
 
     def snapshot_received(self, version: int, data: Tensor) -> None:
@@ -77,7 +77,7 @@ class Callbacks:
 
     def catch_up(self, plan: Plan) -> None:
         """As the caller, run what has not been run; then hand the state to the keeper."""
-        if self._me != min(plan.ids):
+        if self._me != plan.caller:
             return
         self._take_over()
         changed = False
@@ -87,7 +87,7 @@ class Callbacks:
                 self._done_version = result.step + 1
                 changed = True
         self._results.clear()
-        keeper = _keeper(plan)
+        keeper = plan.keeper
         if keeper is not None and self._done_version >= 0 and (changed or keeper != self._keeper):
             self._keeper = keeper
             self._send_snapshot(keeper, self._done_version, seal_snapshot(self._packed()))
@@ -115,12 +115,6 @@ class Callbacks:
             text = self._job.on_step(result)
         if text:
             self._show(text)
-
-
-def _keeper(plan: Plan) -> WorkerId | None:
-    """The second lowest member holds the other copy."""
-    ids = sorted(plan.ids)
-    return ids[1] if len(ids) > 1 else None
 
 
 # ---------------------------------------------------------------------- bytes of a state

@@ -38,6 +38,7 @@ class FrameKind(IntEnum):
     BLOCK_REQUEST = 21
     BLOCK = 22
     SNAPSHOT = 23
+    BLOCK_GONE = 24
 
 
 _DTYPES = (

@@ -11,14 +11,15 @@ from elaswave.core.protocol.worker import StepProtocol
 from elaswave.runtime.model import HostedModel
 
 SendRequest = Callable[[WorkerId, int, BlockId], None]
-SendBlock = Callable[[WorkerId, int, BlockId, Tensor], None]
+SendBlock = Callable[[WorkerId, int, BlockId, Tensor | None], None]
+"""None: the block is at a later version."""
 
 
 class BlockGather:
     """Asks for blocks and answers those who ask. Answers wait until the block is at the wanted version here.
 
     A version can be gathered while no later one can be decided without this worker: after the last step, or while it
-    holds back its own part of the next one.
+    holds back its own part of the next one. Has it none, as one that has just joined, the others may move on: `lost`.
     """
 
     def __init__(
@@ -29,7 +30,10 @@ class BlockGather:
         self._send_request = send_request
         self._send_block = send_block
         self._wanted: int | None = None
+        self.lost = False
+        """Some block has a later version than the wanted one by now, wherever it is hosted."""
         self._parts: dict[BlockId, Tensor] = {}
+        self._own: set[BlockId] = set()  # those of the parts that are hosted here
         self._asked: dict[BlockId, WorkerId] = {}
         self._requests: list[tuple[WorkerId, int, BlockId]] = []
 
@@ -38,10 +42,10 @@ class BlockGather:
         """The version that is being gathered."""
         return self._wanted
 
-    def want(self, version: int) -> None:
-        """Begin to gather this version."""
-        self._wanted = version
-        self._parts, self._asked = {}, {}
+    def want(self, version: int | None) -> None:
+        """Begin to gather this version; None: no more of what was wanted."""
+        self._wanted, self.lost = version, False
+        self._parts, self._asked, self._own = {}, {}, set()
 
     def ask_again(self, host: WorkerId) -> None:
         """What was asked of this host, or its answer, may be lost."""
@@ -56,16 +60,22 @@ class BlockGather:
         if version == self._wanted:
             self._parts.setdefault(block, data)
 
+    def gone(self, version: int, block: BlockId) -> None:
+        """Whoever was asked for it has a later one."""
+        self.lost = self.lost or (version == self._wanted and block not in self._parts)
+
     def answer(self) -> None:
         """Send what others wait for and is complete here."""
         for request in [request for request in self._requests if self._version_here(request[2]) >= request[1]]:
             self._requests.remove(request)
             source, version, block = request
-            if self._version_here(block) == version:
-                self._send_block(source, version, block, self._model.block(block))
+            is_here = self._version_here(block) == version
+            self._send_block(source, version, block, self._model.block(block) if is_here else None)
 
     def collect(self, plan: Plan) -> dict[BlockId, Tensor] | None:
         """All blocks of the wanted version once they are here, else None; asks whoever hosts them under this plan."""
+        if self._wanted is None:
+            return None
         shape = self._protocol.job.shape
         for index, block in enumerate(shape.blocks):
             number = BlockId(index)
@@ -75,10 +85,14 @@ class BlockGather:
                 self._parts[number] = torch.empty(0)
             elif self._version_here(number) == self._wanted:
                 self._parts[number] = self._model.block(number)
+                self._own.add(number)
             else:
                 hosts = {host for layer in block.layers for host in plan.hosts_of_layer.get(layer, ())}
+                self.lost = self.lost or (self._version_here(number) > self._wanted and hosts == {self._protocol.me})
                 self._ask(number, sorted(hosts - {self._protocol.me}))
-        if len(self._parts) < len(shape.blocks):
+        if any(self._version_here(number) != self._wanted for number in self._own):
+            self.lost = True  # others have gone on without this worker, and with them what is hosted here
+        if self.lost or len(self._parts) < len(shape.blocks):
             return None
         parts, self._parts, self._wanted = self._parts, {}, None
         return parts

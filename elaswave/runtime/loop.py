@@ -206,6 +206,9 @@ class TrainingLoop:
             case FrameKind.BLOCK:
                 version, block = reader.numbers(2)
                 self._gather.received(version, BlockId(block), tensor_of(reader, _as_tensor(frame.payload)))
+            case FrameKind.BLOCK_GONE:
+                version, block = reader.numbers(2)
+                self._gather.gone(version, BlockId(block))
             case FrameKind.SNAPSHOT:
                 self._callbacks.snapshot_received(reader.number(), _as_tensor(frame.payload))
             case _:
@@ -244,7 +247,7 @@ class TrainingLoop:
         version = Step(decision.step + 1)
         self._saver.step_decided(version, self._job.steps)
         every = self._job.evaluate_every
-        if every and version % every == 0 and plan.ids and self._me == min(plan.ids):
+        if every and version % every == 0 and self._me == plan.caller:
             self._evaluate_due = decision.step
             self._gather.want(version)
         self._report_wanted = self._report_wanted or version >= self._job.steps or bool(plan.queries)
@@ -258,9 +261,13 @@ class TrainingLoop:
         """Evaluate, then save: what an evaluation changes in the user's state belongs to the same step."""
         if self._evaluate_due is not None:
             blocks = self._gather.collect(self._protocol.plan)
-            if blocks is None:
+            if blocks is not None:
+                self._evaluate(self._evaluate_due, blocks)
+            elif self._gather.lost or self._me != self._protocol.plan.caller:
+                self._gather.want(None)
+                self._show(f"the evaluation of step {self._evaluate_due} is left out: others are further on by now")
+            else:
                 return
-            self._evaluate(self._evaluate_due, blocks)
             self._evaluate_due = None
         written = self._saver.write(self._me, self._protocol, self._shell, self._callbacks)
         if written is not None:
@@ -307,8 +314,11 @@ class TrainingLoop:
         meta = Writer().numbers(version, block)
         self._connections.links.send(host, FrameKind.BLOCK_REQUEST, meta.finish())
 
-    def _send_block(self, to: WorkerId, version: int, block: BlockId, data: Tensor) -> None:
+    def _send_block(self, to: WorkerId, version: int, block: BlockId, data: Tensor | None) -> None:
         meta = Writer().numbers(version, block)
+        if data is None:
+            self._connections.links.send(to, FrameKind.BLOCK_GONE, meta.finish())
+            return
         host_data = self._device.to_host(data)
         describe_tensor(meta, host_data)
         self._connections.links.send(to, FrameKind.BLOCK, meta.finish(), bytes_of_tensor(host_data), copy=True)

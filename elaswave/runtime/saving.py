@@ -50,7 +50,7 @@ class CheckpointSaver:
             if groups[shard].owner == me and copies.get(shard) == version
         }
         with self._progress.long_operation(SAVE_LIMIT_S):
-            if me == min(protocol.plan.ids):
+            if me == protocol.plan.caller:
                 write_user_state(Path(self._settings.save_dir), version, callbacks.sealed_state())
             if not mine:
                 return None

@@ -11,6 +11,7 @@ from elaswave.errors import InvariantError, ProtocolError
 from elaswave.wire import checks
 
 _ADDRESS_KINDS = ("unix", "tcp")
+MAX_CALLERS = 2
 _Item = TypeVar("_Item")
 
 
@@ -41,6 +42,7 @@ def plan_delta(previous: Plan | None, plan: Plan) -> control_pb2.PlanDelta:
         gates=_epoch_changes({} if previous is None else previous.gates, plan.gates),
         finished=plan.finished,
         reduce_plans=_reduce_changes(previous, plan),
+        callers=plan.callers,
     )
 
 
@@ -54,15 +56,17 @@ def apply_plan_delta(previous: Plan | None, delta: control_pb2.PlanDelta) -> Pla
     if previous is not None and delta.epoch != previous.epoch + 1:
         raise checks.refuse("PlanDelta.epoch", delta.epoch, f"{previous.epoch + 1}, after plan {previous.epoch}")
     epoch = Epoch(checks.number("PlanDelta.epoch", delta.epoch, 0, checks.MAX_STEP))
+    members = _apply_members(previous, delta)
     return Plan(
         epoch=epoch,
         reason=checks.text("PlanDelta.reason", delta.reason, checks.MAX_TEXT),
-        members=_apply_members(previous, delta),
+        members=members,
         hosting=_apply_hosting(previous, delta),
         tables=_apply_tables(previous, delta),
         groups=_apply_groups(previous, delta),
         queries=_apply_epochs("PlanDelta.queries", {} if previous is None else previous.queries, delta.queries, epoch),
         gates=_apply_epochs("PlanDelta.gates", {} if previous is None else previous.gates, delta.gates, epoch),
+        callers=_decode_callers(delta, members),
         finished=delta.finished,
         reduce_plans=_apply_reduce_plans(previous, delta),
     )
@@ -103,6 +107,16 @@ def _apply_members(previous: Plan | None, delta: control_pb2.PlanDelta) -> tuple
     checks.distinct("PlanDelta.members_added", [member.worker for member in added])
     before = () if previous is None else previous.members
     return _merge_members(before, map(WorkerId, delta.members_removed), added)
+
+
+def _decode_callers(delta: control_pb2.PlanDelta, members: Sequence[Member]) -> tuple[WorkerId, ...]:
+    checks.entries("PlanDelta.callers", delta.callers, MAX_CALLERS)
+    checks.distinct("PlanDelta.callers", delta.callers)
+    there = {member.worker for member in members}
+    for worker in delta.callers:
+        if worker not in there:
+            raise checks.refuse("PlanDelta.callers", worker, "a member of the plan")
+    return tuple(map(WorkerId, delta.callers))
 
 
 def _encode_member(member: Member) -> control_pb2.Member:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from elaswave.core.ids import Epoch, Layer, NodeId, ShardId, Step, WorkerId
 from elaswave.core.layout import Layout, Stage, partition_layers
 from elaswave.core.plan import Member, Plan, Route
+from elaswave.core.planner.callers import choose_callers
 from elaswave.core.planner.context import PlanningContext
 from elaswave.core.planner.initial import initial_plan, make_shape
 from elaswave.core.routes import balanced_routes, reassign_hops
@@ -136,6 +137,8 @@ def check_plan(context: PlanningContext, plan: Plan) -> None:
             for hop in route:
                 assert set(range(hop.first, hop.last)) <= set(plan.hosting[hop.worker])
                 assert hop.epoch <= plan.epoch
+    assert plan.callers
+    assert plan.callers == choose_callers(plan.callers, plan.members)
     assert len(plan.groups) == len(context.shape.shards)
     for index, group in enumerate(plan.groups):
         shard = ShardId(index)

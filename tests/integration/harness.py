@@ -271,7 +271,7 @@ class Ground:
 
     def check_nothing_left(self, *, killed: bool = False) -> None:
         """No process, no shared memory and, unless the launcher was killed, no run folder. Waits a little for ends."""
-        mine = self._processes()
+        mine = self.processes()
         _, alive = psutil.wait_procs(mine, timeout=_LEAVE_LIMIT_S)
         described = [_describe(process) for process in alive]
         for process in alive:
@@ -286,10 +286,10 @@ class Ground:
         """End what a failed test left."""
         for job in self._jobs:
             job.abandon()
-        for process in self._processes():
+        for process in self.processes():
             process.kill()
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         """Everything that was started for a run here, whoever its parent is now."""
         found = [] if self._resident is None else self._resident.workers()
         for process in psutil.process_iter():

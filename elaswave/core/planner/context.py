@@ -47,6 +47,7 @@ class PlanChanges(TypedDict, total=False):
     groups: tuple[Group, ...]
     queries: Mapping[ShardId, Epoch]
     gates: Mapping[ShardId, Epoch]
+    callers: tuple[WorkerId, ...]
     finished: bool
 
 

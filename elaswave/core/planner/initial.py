@@ -7,6 +7,7 @@ from elaswave.core.ids import Step, WorkerId
 from elaswave.core.layout import Layout, Stage, check_batch, partition_layers
 from elaswave.core.placement import place_shards
 from elaswave.core.plan import FIRST_EPOCH, Member, Plan, RouteTable
+from elaswave.core.planner.callers import choose_callers
 from elaswave.core.routes import balanced_routes
 from elaswave.core.shape import CHUNK_ELEMENTS, Block, ModelShape, divide_into_shards
 from elaswave.errors import ConfigError
@@ -53,6 +54,7 @@ def initial_plan(
         hosting=hosting,
         tables=(RouteTable(first_step=step, routes=balanced_routes(stages, grid, micro_batches, FIRST_EPOCH)),),
         groups=place_shards(shape, ordered, hosts_of_layer, replicas),
+        callers=choose_callers((), ordered),
     )
 
 

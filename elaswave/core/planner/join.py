@@ -7,6 +7,7 @@ from elaswave.core.ids import Epoch, ShardId, Step, WorkerId
 from elaswave.core.layout import Stage
 from elaswave.core.placement import Placement
 from elaswave.core.plan import Group, Member, Plan, RouteTable
+from elaswave.core.planner.callers import choose_callers
 from elaswave.core.planner.context import PlanningContext, Reports, prune_tables, supersede
 from elaswave.core.planner.copies import may_own
 from elaswave.core.planner.initial import stage_hosts
@@ -25,7 +26,7 @@ class JoinPlan:
 def plan_join(context: PlanningContext, plan: Plan, joiners: tuple[Member, ...], reason: str) -> JoinPlan:
     """Let workers in: each hosts the stage with the fewest hosts of its own and begins to fetch its share of shards."""
     members = tuple(sorted((*plan.members, *joiners), key=lambda member: member.worker))
-    grown = supersede(plan, reason, members=members)
+    grown = supersede(plan, reason, members=members, callers=choose_callers(plan.callers, members))
     swaps: set[tuple[ShardId, WorkerId]] = set()
     for joiner in joiners:
         stage = _neediest_stage(context, grown)

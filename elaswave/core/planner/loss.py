@@ -6,6 +6,7 @@ from dataclasses import replace
 from elaswave.core.ids import Epoch, Layer, ShardId, Step, WorkerId
 from elaswave.core.placement import Placement
 from elaswave.core.plan import Group, Plan, RouteTable
+from elaswave.core.planner.callers import choose_callers
 from elaswave.core.planner.context import PlanningContext, prune_tables, supersede
 from elaswave.core.routes import reassign_hops
 from elaswave.errors import FaultError
@@ -39,6 +40,7 @@ def plan_loss(context: PlanningContext, plan: Plan, lost: frozenset[WorkerId], s
         groups=groups,
         queries=queries,
         gates=gates,
+        callers=choose_callers(plan.callers, members),
     )
     return restore_replicas(context, shrunk)
 
