@@ -18,7 +18,8 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
@@ -147,7 +148,8 @@ class Zygote:
         """Fork; True in the child."""
         parent = os.getpid()
         try:
-            pid = os.fork()
+            with _sigterm_held():
+                pid = os.fork()
         except OSError as error:
             self._send(agent, StartRefused(worker=request.worker, reason=f"fork failed: {error.strerror}"))
             return False
@@ -211,6 +213,16 @@ class Zygote:
         for child in agent.children:
             signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
         agent.children.clear()
+
+
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Have SIGTERM wait: what its handler raises in the hooks of a fork would be lost, and the signal with it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_child(parent: int) -> None:

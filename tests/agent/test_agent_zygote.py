@@ -27,7 +27,16 @@ from agent_harness import (
 
 from elaswave.core.events import UserLine, WorkerExited, WorkerFailed, WorkerStarted, WorkerSuspected
 from elaswave.core.ids import WorkerId
-from elaswave.process_start import MessageDecoder, Program, Started, StartRequest, Unavailable, encode
+from elaswave.process_start import (
+    Message,
+    MessageDecoder,
+    Program,
+    Started,
+    StartRequest,
+    Unavailable,
+    WorkerEnded,
+    encode,
+)
 from elaswave.runtime.zygote import Zygote, listen, unsound_reason
 
 SCRIPT = str(Path(__file__).with_name("torch_script.py"))
@@ -169,6 +178,45 @@ def test_workers_die_with_a_killed_parent_of_the_zygote(site: Site) -> None:
             parent.kill()
             assert wait(5.0) == []
 
+
+def test_a_worker_that_is_ended_while_it_is_forked_ends(site: Site) -> None:
+    """What a handler raises in a hook of a fork is shown and dropped; the signal must not be."""
+    path = str(site.folder / "zygote")
+    log = site.folder / "log"
+    request = StartRequest(
+        worker=WorkerId(0), program=Program(target="never"), environment=(), working_directory="/", stdout="", stderr=""
+    )
+    with (
+        log.open("w") as said,
+        subprocess.Popen([sys.executable, "-c", ENDED_IN_FORK, path], env=python_environment(), stderr=said) as zygote,
+        socket.socket(socket.AF_UNIX) as agent,
+    ):
+        agent.settimeout(LIMIT_S)
+        try:
+            with watching([zygote.pid]) as wait:
+                while agent.connect_ex(path):
+                    assert wait(0.02) == [zygote.pid], log.read_text()
+            agent.sendall(encode(request))
+            decoder, found = MessageDecoder(), list[Message]()
+            while len(found) < 2:
+                found += decoder.feed(agent.recv(1000))
+        finally:
+            zygote.kill()
+    assert isinstance(found[0], Started)
+    assert found[1] == WorkerEnded(worker=WorkerId(0), exit_code=0, signal=0), log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+# A zygote whose children get SIGTERM before they have begun; one that goes on as a worker ends with 99.
+ENDED_IN_FORK = """
+import os, signal, sys
+from elaswave.runtime import zygote
+
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+signal.signal(signal.SIGTERM, zygote._end)
+zygote.Zygote(zygote.listen(sys.argv[1])).serve()
+os._exit(99)
+"""
 
 # Prints the zygote's pid when it listens.
 PARENT = """
