@@ -105,7 +105,14 @@ worker_events = st.one_of(
         traceback=line,
     ),
     built(events.FinalDigest, **told, parameters=names),
-    built(events.CheckpointWritten, **told, step=counts, shards=tuples(uint32), manifest=line),
+    built(
+        events.CheckpointWritten,
+        **told,
+        step=counts,
+        shards=tuples(uint32),
+        manifest=line,
+        with_user_state=st.booleans(),
+    ),
     built(events.UserLine, **told, text=line),
 )
 observed = {"worker": uint32, "noticed_at": seconds, "last_alive_at": seconds, "progress": progress_pages}

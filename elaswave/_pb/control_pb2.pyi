@@ -264,14 +264,16 @@ class FinalDigest(_message.Message):
     def __init__(self, parameters: _Optional[str] = ...) -> None: ...
 
 class CheckpointShard(_message.Message):
-    __slots__ = ("step", "manifest", "shards")
+    __slots__ = ("step", "manifest", "shards", "with_user_state")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    WITH_USER_STATE_FIELD_NUMBER: _ClassVar[int]
     step: int
     manifest: str
     shards: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., manifest: _Optional[str] = ..., shards: _Optional[_Iterable[int]] = ...) -> None: ...
+    with_user_state: bool
+    def __init__(self, step: _Optional[int] = ..., manifest: _Optional[str] = ..., shards: _Optional[_Iterable[int]] = ..., with_user_state: bool = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("ready", "report", "step_result", "work_done", "link_broken", "failed", "digest", "checkpoint", "line")

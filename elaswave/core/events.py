@@ -204,12 +204,16 @@ class FinalDigest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointWritten:
-    """`worker` has written these shards at version `step`; `manifest` is its part of the index, as text."""
+    """`worker` has written these shards at version `step`; `manifest` is its part of the index, as text.
+
+    with_user_state: it runs the user's callbacks, and has written their state before, if they have any.
+    """
 
     worker: WorkerId
     step: Step
     shards: tuple[ShardId, ...]
     manifest: str
+    with_user_state: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

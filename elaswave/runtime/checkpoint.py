@@ -16,7 +16,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from elaswave.core.events import CheckpointWritten
 from elaswave.core.ids import BlockId, ShardId, Step, WorkerId
 from elaswave.core.parameters import BlockLayout
 from elaswave.core.shape import ModelShape, Shard
@@ -37,8 +36,8 @@ def write_shards(
     shape: ModelShape,
     layout: BlockLayout,
     job_digest: str,
-) -> CheckpointWritten:
-    """Write these states at version `step`, durably; the part of the index. Raises OSError."""
+) -> str:
+    """Write these states at version `step`, durably; the part of the index, as text. Raises OSError."""
     folder = save_dir / f"step_{step}"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"worker_{worker}.bin"
@@ -55,8 +54,7 @@ def write_shards(
         file.flush()
         os.fsync(file.fileno())
     places = [[layer, name_, p.block, p.offset, list(p.shape)] for (layer, name_), p in layout.placements.items()]
-    manifest = {"file": name, "job": job_digest, "parts": parts, "parameters": places}
-    return CheckpointWritten(worker=worker, step=step, shards=tuple(sorted(states)), manifest=json.dumps(manifest))
+    return json.dumps({"file": name, "job": job_digest, "parts": parts, "parameters": places})
 
 
 def write_user_state(save_dir: Path, step: Step, data: Tensor | None) -> None:

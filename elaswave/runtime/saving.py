@@ -38,11 +38,13 @@ class CheckpointSaver:
     ) -> CheckpointWritten | None:
         """Write the shards owned here, if a checkpoint is due and they are at its version. Raises OSError.
 
-        Without all owners' parts the controller makes no index, and the checkpoint does not exist.
+        Before them the caller writes the user's state. Without all owners' parts, and the caller's, the controller
+        makes no index, and the checkpoint does not exist.
         """
         version, self._due = self._due, None
         if version is None:
             return None
+        save_dir, is_caller = Path(self._settings.save_dir), me == protocol.plan.caller
         groups, copies = protocol.plan.groups, protocol.copies
         mine = {
             shard: state
@@ -50,16 +52,15 @@ class CheckpointSaver:
             if groups[shard].owner == me and copies.get(shard) == version
         }
         with self._progress.long_operation(SAVE_LIMIT_S):
-            if me == protocol.plan.caller:
-                write_user_state(Path(self._settings.save_dir), version, callbacks.sealed_state())
-            if not mine:
-                return None
-            return write_shards(
-                Path(self._settings.save_dir),
-                version,
-                me,
-                mine,
-                shape=protocol.job.shape,
-                layout=self._layout,
-                job_digest=self._digest,
-            )
+            if is_caller:
+                write_user_state(save_dir, version, callbacks.sealed_state())
+            shape, layout = protocol.job.shape, self._layout
+            manifest = ""
+            if mine:
+                manifest = write_shards(
+                    save_dir, version, me, mine, shape=shape, layout=layout, job_digest=self._digest
+                )
+        if not mine and not is_caller:
+            return None
+        shards = tuple(sorted(mine))
+        return CheckpointWritten(worker=me, step=version, shards=shards, manifest=manifest, with_user_state=is_caller)

@@ -56,7 +56,12 @@ def encode_worker_event(event: WorkerEvent) -> control_pb2.WorkerMessage:
         case FinalDigest():
             return control_pb2.WorkerMessage(digest=control_pb2.FinalDigest(parameters=event.parameters))
         case CheckpointWritten():
-            shard = control_pb2.CheckpointShard(step=event.step, manifest=event.manifest, shards=event.shards)
+            shard = control_pb2.CheckpointShard(
+                step=event.step,
+                manifest=event.manifest,
+                shards=event.shards,
+                with_user_state=event.with_user_state,
+            )
             return control_pb2.WorkerMessage(checkpoint=shard)
         case UserLine():
             line = control_pb2.UserLine(text=checks.sendable(event.text, checks.MAX_TEXT))
@@ -290,4 +295,5 @@ def _decode_checkpoint(worker: WorkerId, message: control_pb2.CheckpointShard) -
         step=_step("CheckpointShard.step", message.step),
         shards=tuple(ShardId(shard) for shard in message.shards),
         manifest=checks.text("CheckpointShard.manifest", message.manifest, checks.MAX_MANIFEST),
+        with_user_state=message.with_user_state,
     )

@@ -142,9 +142,16 @@ class Scenario:
             case "digest":
                 return [ev.FinalDigest(worker=me, parameters=words[1])]
             case "wrote":
-                shards = tuple(ShardId(int(part)) for part in options["shards"].split(","))
-                step = Step(int(options["step"]))
-                return [ev.CheckpointWritten(worker=me, step=step, shards=shards, manifest=f"manifest {worker}")]
+                shards = tuple(ShardId(int(part)) for part in options["shards"].split(",") if part)
+                return [
+                    ev.CheckpointWritten(
+                        worker=me,
+                        step=Step(int(options["step"])),
+                        shards=shards,
+                        manifest=f"manifest {worker}",
+                        with_user_state="state" in options,
+                    )
+                ]
             case "did":
                 return [self._work_done(me, options)]
         return self._told(name, me, options)

@@ -1,6 +1,7 @@
 """Progress of the job: reports, steps, incidents, durable checkpoints."""
 
 from elaswave.core.control.lifecycle import LifecycleControl
+from elaswave.core.control.state import PendingCheckpoint
 from elaswave.core.events import (
     CheckpointWritten,
     CommitCheckpoint,
@@ -106,13 +107,14 @@ class JobEvents(LifecycleControl):
     # ------------------------------------------------------------------ durable checkpoints
 
     def checkpoint_written(self, event: CheckpointWritten) -> None:
-        """Commit a checkpoint when every shard of its step is on disk; older incomplete ones are void."""
+        """Commit a checkpoint when all of its step is on disk, the user's state too; older incomplete ones are void."""
         context, _ = self.need_plan()
-        parts = self.checkpoints.setdefault(event.step, {})
+        found = self.checkpoints.setdefault(event.step, PendingCheckpoint())
+        found.with_user_state = found.with_user_state or event.with_user_state
         for shard in event.shards:
-            parts[shard] = event.manifest
-        if len(parts) == len(context.shape.shards):
-            manifests = tuple(dict.fromkeys(parts[shard] for shard in sorted(parts)))
+            found.parts[shard] = event.manifest
+        if found.with_user_state and len(found.parts) == len(context.shape.shards):
+            manifests = tuple(dict.fromkeys(found.parts[shard] for shard in sorted(found.parts)))
             self.effects.append(CommitCheckpoint(step=event.step, manifests=manifests))
             self.committed = True
-            self.checkpoints = {step: found for step, found in self.checkpoints.items() if step > event.step}
+            self.checkpoints = {step: later for step, later in self.checkpoints.items() if step > event.step}

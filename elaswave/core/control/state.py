@@ -1,5 +1,7 @@
 """What the controller knows, and the primitives that all its reactions use."""
 
+from dataclasses import dataclass, field
+
 from elaswave.core.config import ControllerConfig
 from elaswave.core.events import Effect, JobDescription, JobEnded, PersistPlan, SendPlans, StepReported
 from elaswave.core.ids import Epoch, NodeId, ShardId, Step, WorkerId
@@ -12,6 +14,14 @@ from elaswave.errors import InvariantError, ProtocolError
 
 END_LIMIT_S = 10.0
 """Seconds that workers have to leave after the plan "finished"."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PendingCheckpoint:
+    """What is on disk of a checkpoint: manifests by shard, and whether the user's state is."""
+
+    parts: dict[ShardId, str] = field(default_factory=dict)
+    with_user_state: bool = False
 
 
 class ControllerState:
@@ -42,7 +52,7 @@ class ControllerState:
         self.step_seconds: list[float] = []
         self.broken_links: dict[WorkerId, tuple[float, str]] = {}
         self.digest = ""
-        self.checkpoints: dict[Step, dict[ShardId, str]] = {}
+        self.checkpoints: dict[Step, PendingCheckpoint] = {}
         self.committed = False
         self.start_limit: float | None = None
         self.start_notice: float | None = None
