@@ -83,3 +83,14 @@ def test_callers_are_lost_one_after_the_other_and_start_again(warm_ground: Groun
     ended = warm_ground.start([*flags, *kills], OPTIONS.flags(), script=SCRIPT).wait()
     check_callbacks(ended, left_out=True)
     warm_ground.check_nothing_left()
+
+
+def test_the_state_of_a_durable_checkpoint_belongs_to_its_step(warm_ground: Ground) -> None:
+    """All workers are lost: the job goes back to a step that it has been through, with the state of that step."""
+    save = ["--save-every=4", f"--save-dir={warm_ground.work / 'saved'}"]
+    flags = ["--standalone", "--nproc-per-node=4", "--dp=2", "--pp=2", "--max-restarts=1", *save]
+    kills = [f"--inject=kill:worker={worker},step=11,phase=backward" for worker in range(4)]
+    ended = warm_ground.start([*flags, *kills], OPTIONS.flags(), script=SCRIPT).wait()
+    check_callbacks(ended, left_out=False)
+    assert any(incident.cause == "restart" for incident in ended.need_report().incidents)
+    warm_ground.check_nothing_left()
