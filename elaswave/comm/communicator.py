@@ -84,6 +84,7 @@ class Communicator:
         self.agreed = True
         self.failure: ElasWaveError | None = None
         """Why operations fail until the next edit, other than by one: members may be at different operations."""
+        self._retired: ElasWaveError | None = None
         self.stake: Callable[[], int] = _no_stake
         """Asked when an edit begins: what of its user's the members are to find the maximum of while they agree."""
         self.stakes = NO_STAKE
@@ -124,12 +125,28 @@ class Communicator:
         """Nothing is under way."""
         return not self._queue and self._agreement is None
 
+    @property
+    def unended(self) -> bool:
+        """Operations are under way, or waiting for their turn: they may yet write to their tensors."""
+        return bool(self._queue)
+
+    @property
+    def next_number(self) -> int:
+        """That of the operation that is started next."""
+        return self._next
+
+    @property
+    def completed(self) -> int:
+        """Number of the last operation that has succeeded here."""
+        return self._completed
+
     # ------------------------------------------------------------------ operations
 
     def submit(self, operation: Operation) -> None:
         """Queue it; where the communicator is broken it fails, once the members have agreed that it does."""
-        if self.failure is not None:
-            self._end(operation, self.failure)
+        failure = self._retired or self.failure
+        if failure is not None:
+            self._end(operation, failure)
             return
         if self.broken and self.agreed:
             self._end(operation, self._changed())
@@ -289,6 +306,14 @@ class Communicator:
         self.broken = True
         self.agreed = False
         self.failure = error
+        self._end_all(error)
+
+    def retire(self, error: ElasWaveError) -> None:
+        """This rank uses it no more: operations fail. What it has completed it still tells in agreements."""
+        self._retired = error
+        self._end_all(error)
+
+    def _end_all(self, error: ElasWaveError) -> None:
         for waiting in self._queue:
             self._end(waiting, error)
         self._queue.clear()
@@ -434,6 +459,8 @@ class Communicator:
 
     def check(self) -> None:
         """Raise why operations fail now, if they do: ranks may stand for others than the user knows of."""
+        if self._retired is not None:
+            raise self._retired
         if self.broken:
             raise self.failure or self._changed()
 

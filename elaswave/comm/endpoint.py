@@ -123,6 +123,11 @@ class Endpoint:
                 if self._mailboxes[identity].misses(self._departed):
                     self._missed(peer)
 
+    def watch(self, peers: Iterable[WorkerId]) -> None:
+        """Have links with these, so that their end is noticed."""
+        for peer in peers:
+            self._watch(peer)
+
     def _watch(self, peer: WorkerId) -> None:
         if peer not in self._watched:
             with suppress(LinkClosed):  # it is about to be removed, or is this process
@@ -190,6 +195,12 @@ class Endpoint:
                 self._take_frame(frame)
         return found
 
+    def fail(self, communicator: Communicator, error: ElasWaveError) -> None:
+        """Every operation fails with this until the next edit."""
+        with self._state:
+            communicator.fail(error)
+        self._settle()
+
     def drop(self, communicator: Communicator) -> None:
         """Forget a communicator; what is under way in it, and what is begun later, fails with LinkClosed."""
         with self._state:
@@ -203,6 +214,15 @@ class Endpoint:
         with self._state:
             if self._communicators.get(communicator.identity) is communicator:
                 del self._communicators[communicator.identity], self._mailboxes[communicator.identity]
+
+    def retire(self, communicator: Communicator) -> None:
+        """The same, but for agreements: members that are behind can still find out what has succeeded here."""
+        with self._state:
+            gone = LinkClosed(f"the group {communicator.name} was destroyed while it was in use")
+            communicator.retire(gone)
+            self._mailboxes[communicator.identity].close(gone)
+        self._settle()
+        self._inbox.put(Woken())
 
     def edit(
         self, communicator: Communicator, epoch: int, remove: Iterable[WorkerId], add: Iterable[WorkerId] = ()

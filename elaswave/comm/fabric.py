@@ -30,6 +30,13 @@ LOOK_S = 0.005
 NAMED_MEMBERS = 16
 """Names of groups tell their members, up to so many."""
 
+RETIRED_LIMIT = 64
+"""Destroyed groups that are kept for others where the first group is not used."""
+
+WATCH_AFTER_S = 0.25
+"""Then those who make a group watch whom they wait for: the end of a process that nobody has a link with is noticed
+where it was killed, not where it has ended by itself."""
+
 MADE, BROKEN = "made", "broken"
 """What those who make a group decide; or the ranks that have not come."""
 
@@ -45,6 +52,14 @@ class Origin:
 
     members: tuple[WorkerId, ...]
     epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retired:
+    """A communicator that was destroyed here. until: number of an operation of the first group; then it is for all."""
+
+    origin: Origin
+    until: int
 
 
 class Fabric:
@@ -64,6 +79,7 @@ class Fabric:
         self._timeout_s = timeout.total_seconds()
         self._made: dict[tuple[tuple[WorkerId, ...], int], int] = {}  # groups of members and an epoch, tried so far
         self._origins: dict[Communicator, Origin] = {}
+        self._retired: dict[Communicator, Retired] = {}
         self._entries: dict[WorkerId, Entry] = {}
         self._watch: NeighbourWatch | None = None
         self._world: Communicator | None = None  # that of the first group, to which new processes come
@@ -139,10 +155,13 @@ class Fabric:
         """That of a new group of these ranks of the first one, in this order; all its members call it.
 
         What else a process has made, or tried to make, need not be the same on all: after a loss it is not. Raises
-        EpochChanged where a loss keeps a member away, DeadlineExceeded on all of them where one does not come.
+        EpochChanged where a loss keeps a member away. DeadlineExceeded on all of them where one does not come; then the
+        first group fails with it, too, until a member is lost.
         """
         with self._lock:
             epoch = self._roster.epoch  # who has not heard of it yet will, and come again
+            if self.failure is not None:
+                raise self.failure
             if self.broken:  # others may come to this place later, when they have taken up their groups
                 raise EpochChanged("a member was lost before a group was made: call reconfigure() and make it then")
             first = next(iter(self._origins)).members
@@ -154,16 +173,20 @@ class Fabric:
             return self.communicator(name, members, since=epoch)
         if decision == BROKEN:
             raise EpochChanged("a member was lost while a group was made: call reconfigure() and make it again")
-        raise DeadlineExceeded(f"ranks {decision} of a new group of {name} have not come in time")
+        late = DeadlineExceeded(f"ranks {decision} of a new group of {name} have not come in time")
+        self.endpoint.fail(next(iter(self._origins)), late)  # ranks may be at different steps now
+        raise late
 
     def _decide(self, place: str, members: Sequence[WorkerId], timeout: timedelta) -> str:
         """Wait for them; who has not come in time, or MADE or BROKEN. The same on all: who is first decides."""
         store, keys = self._directory.store, {worker: f"{place}/{worker}" for worker in members}
-        deadline = time.monotonic() + timeout.total_seconds()
+        began = time.monotonic()
+        deadline = began + timeout.total_seconds()
         with reaching_store():
             store.set(keys[self.me], "1")
             wanted = MADE
             while not store.check(list(keys.values())):
+                self._remove(self._departed & set(members))  # who has left in order will not come
                 if self.broken:
                     wanted = BROKEN
                     break
@@ -171,6 +194,8 @@ class Fabric:
                 if now > deadline:
                     wanted = str([index for index, key in enumerate(keys.values()) if not store.check([key])])
                     break
+                if now > began + WATCH_AFTER_S:
+                    self.endpoint.watch(worker for worker, key in keys.items() if not store.check([key]))
                 with suppress(DeadlineExceeded):
                     self.endpoint.drive(lambda: self.broken, now + LOOK_S, "news of a lost member")
             return store.compare_set(f"{place}/decision", "", wanted).decode()
@@ -179,8 +204,8 @@ class Fabric:
         """A new one of these workers, who have agreed on it in this epoch, without those that are gone by now."""
         found = self.endpoint.communicator(name, members)
         with self._lock:
-            self._origins[found] = Origin(members=tuple(members), epoch=since)
-            self._apply(found)
+            origin = self._origins[found] = Origin(members=tuple(members), epoch=since)
+            self._apply(found, origin)
         return found
 
     def shares_memory(self, communicator: Communicator) -> bool:
@@ -198,11 +223,24 @@ class Fabric:
     def drop(self, communicator: Communicator) -> None:
         """It is not used any more; with the last one the fabric ends."""
         with self._lock:
-            self._origins.pop(communicator, None)
-            self.endpoint.drop(communicator)
+            origin = self._origins.pop(communicator, None)
             last = not self._origins
+            if origin is None or last:
+                self.endpoint.drop(communicator)
+            else:
+                self._retire(communicator, origin)
         if last:
             self.close()
+
+    def _retire(self, communicator: Communicator, origin: Origin) -> None:
+        """Others may not be as far as this: until all have come to the next operation of the first group."""
+        first = next(iter(self._origins))
+        self.endpoint.retire(communicator)
+        self._retired[communicator] = Retired(origin=origin, until=first.next_number)
+        over = [found for found, retired in self._retired.items() if first.completed >= retired.until]
+        for found in over or list(self._retired)[:-RETIRED_LIMIT]:
+            del self._retired[found]
+            self.endpoint.drop(found)
 
     @property
     def closed(self) -> bool:
@@ -231,7 +269,8 @@ class Fabric:
     def reconfigure(self) -> int:
         """Take up all communicators again, once the members of the first one have agreed on what has succeeded.
 
-        Others may still be at that: what is started on them waits for it, and nobody waits for what is not used.
+        And those of others where operations are under way here, which write to tensors when they succeed; for the rest
+        nobody waits who does not use them: what is started on them waits for their agreement.
         After DeadlineExceeded it waits for a loss. Raises EpochChanged where this process was removed itself,
         DeadlineExceeded where it takes longer than the timeout of the first process group. Returns the epoch.
         """
@@ -243,11 +282,11 @@ class Fabric:
 
     def _unsettled(self) -> list[Communicator]:
         found = tuple(self._origins)
+        broken = [communicator for communicator in found if communicator.broken and not communicator.agreed]
         return [
             communicator
-            for communicator in found
-            if communicator.broken and (communicator.failure is not None or communicator is found[0])
-            if not communicator.agreed
+            for communicator in broken
+            if communicator is found[0] or communicator.unended or communicator.failure is not None
         ]
 
     def _take_up(self) -> int | None:
@@ -258,6 +297,8 @@ class Fabric:
             for communicator in tuple(self._origins):
                 if communicator.broken:
                     self.endpoint.acknowledge(communicator)
+            if not all(communicator.agreed for communicator in self._origins):
+                self.endpoint.attend()  # others may wait for an agreement that this rank has no use for
             return self._roster.epoch
 
     @property
@@ -346,8 +387,10 @@ class Fabric:
         for worker in gone:
             self.endpoint.forget(worker)
             self._clean_up_after(worker)
-        for communicator in tuple(self._origins):
-            self._apply(communicator)
+        for communicator, origin in tuple(self._origins.items()):
+            self._apply(communicator, origin)
+        for communicator, retired in self._retired.items():
+            self._apply(communicator, retired.origin)
         for worker in new - gone:
             self._let_in(worker, roster)
 
@@ -367,8 +410,8 @@ class Fabric:
         if folder.name.startswith(FOLDER_PREFIX):
             rmtree(folder, ignore_errors=True)
 
-    def _apply(self, communicator: Communicator) -> None:
-        grows, origin = communicator is self._world, self._origins[communicator]
+    def _apply(self, communicator: Communicator, origin: Origin) -> None:
+        grows = communicator is self._world
         for change in self._roster.changes(origin.members, grows=grows):
             if change.epoch > max(communicator.epoch, origin.epoch):
                 self.endpoint.edit(communicator, change.epoch, change.removed, change.added)

@@ -32,7 +32,7 @@ class Mailbox:
 
     def arrived(self, peer: WorkerId, epoch: int, tag: int, payload: Tensor) -> None:
         """A message; of an older epoch it is dropped, of a newer one it waits."""
-        if epoch < self._communicator.epoch:
+        if epoch < self._communicator.epoch or self._closed is not None:
             return
         self._messages.setdefault((peer, epoch, tag), deque()).append(payload)
         self._match()

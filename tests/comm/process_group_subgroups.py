@@ -111,6 +111,9 @@ def groups_in_a_step(place: Place) -> object:
                             ones, wanted = torch.ones(3), float(group.size())
                             dist.all_reduce(ones, group=group)
                             same(ones, torch.full((3,), wanted))
+                    for group in (everyone, *made):
+                        if isinstance(group, ElasticProcessGroup):
+                            dist.destroy_process_group(group)
                     dist.barrier()
                 sums.append(size)
             except EpochChanged:

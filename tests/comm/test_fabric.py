@@ -4,10 +4,11 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.endpoint import NOTICE
-from elaswave.comm.fabric import Fabric
+from elaswave.comm.fabric import RETIRED_LIMIT, Fabric
 from elaswave.comm.group import Group
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.roster import FIRST
@@ -67,6 +68,11 @@ class Gang:
     def notices(self) -> int:
         sent = [row for fabric in self.fabrics.values() for row in fabric.endpoint.statistics().sent]
         return sum(row.frames for row in sent if row.kind == NOTICE)
+
+    def agree(self, worker: WorkerId) -> None:
+        """Hear of the first loss, and agree with the group of all."""
+        found, endpoint = self._groups[worker].communicator, self.fabrics[worker].endpoint
+        endpoint.drive(lambda: found.epoch == 1 and found.agreed, time.monotonic() + LIMIT_S, "the agreement")
 
     def recover(self, worker: WorkerId) -> float:
         """Hear of a loss, go on without the lost ones, and add up."""
@@ -204,3 +210,133 @@ def test_a_group_that_a_loss_has_kept_from_being_made_is_made_again_under_its_na
     gang.on(left, gang.recover)
     found = gang.on(left[:3], attempt)
     assert all(communicator.members == tuple(left[:3]) for communicator in found.values())
+
+
+def test_groups_with_operations_under_way_are_waited_for_and_no_others(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun before the loss may yet succeed, and would write to a tensor that the repeated step has filled."""
+    three, left, lost = MEMBERS[:3], MEMBERS[:-1], MEMBERS[-1]
+    idle, late, busy = three
+    some = gang.on(
+        three,
+        lambda worker: Group(gang.fabrics[worker].endpoint, gang.fabrics[worker].communicator("some", three), LIMIT_S),
+    )
+    edit, held = gang.fabrics[late].endpoint.edit, list[tuple[Communicator, int, Iterable[WorkerId]]]()
+
+    def edit_later(communicator: Communicator, epoch: int, removed: Iterable[WorkerId], _: object) -> None:
+        if communicator is some[late].communicator:
+            held.append((communicator, epoch, removed))
+        else:
+            edit(communicator, epoch, removed)
+
+    monkeypatch.setattr(gang.fabrics[late].endpoint, "edit", edit_later)
+    operation = some[busy].all_reduce(torch.ones(3))
+    gang.lose(idle, lost)
+    gang.on(left, gang.agree)
+    assert gang.fabrics[idle]._take_up() == 1
+    assert gang.fabrics[busy]._take_up() is None
+    assert not operation.finished
+    edit(*held[0])
+    gang.on(three, lambda worker: gang.fabrics[worker].reconfigure())
+    assert operation.finished
+    assert isinstance(operation.error, EpochChanged)
+
+
+def test_who_has_destroyed_a_group_still_tells_what_has_succeeded_in_it(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = MEMBERS[:3]
+    behind = three[-1]
+    some = gang.on(
+        three,
+        lambda worker: Group(gang.fabrics[worker].endpoint, gang.fabrics[worker].communicator("some", three), LIMIT_S),
+    )
+    receive, lost_frames = some[behind].communicator.receive, list[int]()
+
+    def receive_later(peer: WorkerId, epoch: int, number: int, payload: torch.Tensor) -> None:
+        if epoch:
+            receive(peer, epoch, number, payload)
+        else:
+            lost_frames.append(number)
+
+    monkeypatch.setattr(some[behind].communicator, "receive", receive_later)
+    total = torch.ones(3)
+    operation = some[behind].all_reduce(total)
+
+    def add_and_destroy(worker: WorkerId) -> None:
+        some[worker].endpoint.wait(some[worker].all_reduce(torch.ones(3)))
+        gang.fabrics[worker].drop(some[worker].communicator)
+
+    gang.on(three[:-1], add_and_destroy)
+    gang.lose(three[0], MEMBERS[-1])
+    gang.on(MEMBERS[:-1], gang.recover)
+    some[behind].endpoint.wait(operation)
+    assert total.tolist() == [3.0] * 3
+    with pytest.raises(LinkClosed, match="was destroyed"):
+        some[three[0]].endpoint.wait(some[three[0]].all_reduce(torch.ones(3)))
+
+
+def test_destroyed_groups_are_forgotten_when_all_are_past_them(gang: Gang) -> None:
+    pair = MEMBERS[:2]
+    names = {worker: map("pair {}".format, count()) for worker in pair}
+
+    def make_and_destroy(worker: WorkerId) -> None:
+        for _ in range(20):
+            gang.fabrics[worker].drop(gang.fabrics[worker].communicator(next(names[worker]), pair))
+
+    for _ in range(3):
+        gang.on(pair, make_and_destroy)
+        gang.on(MEMBERS, gang.sum_of_ones)
+    gang.on(pair, make_and_destroy)
+    for worker in pair:
+        assert len(gang.fabrics[worker]._retired) == 20
+    for _ in range(5):
+        gang.on(pair, make_and_destroy)
+    for worker in pair:
+        assert len(gang.fabrics[worker]._retired) == RETIRED_LIMIT
+
+
+def test_a_group_with_a_rank_that_has_left_is_not_waited_for(gang: Gang) -> None:
+    *left, gone = MEMBERS
+    gang.fabrics[gone].close()
+
+    def attempt(worker: WorkerId) -> None:
+        with pytest.raises(EpochChanged):
+            gang.fabrics[worker].gather(range(len(MEMBERS)), timedelta(seconds=LIMIT_S))
+
+    began = time.monotonic()
+    gang.on(left, attempt)
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert gang.on(left, gang.recover) == dict.fromkeys(left, float(len(left)))
+
+
+def test_a_group_with_a_rank_that_ends_before_anybody_has_met_it(tmp_path: Path) -> None:
+    store, limit = dist.HashStore(), timedelta(seconds=LIMIT_S)  # type: ignore[attr-defined]
+    *left, gone = MEMBERS[:3]
+    with ThreadPoolExecutor(3) as pool:
+        fabrics = list(pool.map(lambda worker: Fabric(store, worker, 3, limit), (*left, gone)))
+        worlds = [fabric.world("world") for fabric in fabrics]
+        try:
+            fabrics[gone].endpoint._links.close(0.0)
+            for found in [pool.submit(fabrics[worker].gather, range(3), limit) for worker in left]:
+                with pytest.raises(EpochChanged):
+                    found.result(LIMIT_S / 2)
+            list(pool.map(lambda worker: fabrics[worker].reconfigure(), left))
+            assert all(worlds[worker].members == tuple(left) for worker in left)
+        finally:
+            list(pool.map(Fabric.close, fabrics))
+
+
+def test_after_a_member_of_a_new_group_has_not_come_its_loss_is_waited_for(gang: Gang) -> None:
+    """Ranks are at different steps then: what one repeats must not meet what another has not come to yet."""
+    waiting, stuck, *others = MEMBERS
+    left = [waiting, *others]
+    for _ in range(2):
+        with pytest.raises(DeadlineExceeded, match=r"ranks \[1\] of a new group of workers 0,1 have not come in time"):
+            gang.fabrics[waiting].gather([0, 1], timedelta(seconds=0.2))
+    with pytest.raises(DeadlineExceeded, match="new group"):
+        gang.sum_of_ones(waiting)
+    assert gang.fabrics[waiting]._take_up() is None
+    gang.lose(others[0], stuck)
+    assert gang.on(left, gang.recover) == dict.fromkeys(left, float(len(left)))
