@@ -68,12 +68,14 @@ def read_options(arguments: Sequence[str]) -> ControllerOptions:
     parser.add_argument("--unbuffered", action="store_true")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--refuse-fresh-start", action="store_true")
+    parser.add_argument("--nodes-stay-lost", action="store_true")
     found = parser.parse_args(list(arguments))
     config = ControllerConfig(
         **{name: getattr(found, name) for name in _CONFIG_NUMBERS},
         reduce=found.reduce,
         want_report=bool(found.report),
         allow_fresh_start=not found.refuse_fresh_start,
+        nodes_return=not found.nodes_stay_lost,
     )
     return ControllerOptions(
         job=found.job,

@@ -102,8 +102,22 @@ class Restart:
         """The end of a worker is confirmed, or its node is."""
         self._waiting.discard(worker)
 
-    def next_config(self) -> ControllerConfig:
-        """All are gone: what the next generation's core is told. Worker ids go on, epochs begin again."""
+    def lack(self, workers: int) -> str:
+        """Why the layout does not start again on `workers` workers of the nodes that are there; empty where it may."""
+        needed = self._config.layout_workers
+        if self._config.nodes_return or workers >= needed:
+            return ""
+        return (
+            f"the nodes that are left have {workers} of the {needed} workers of the layout, and with --standalone lost "
+            f"nodes do not come back: the same command goes on from {self.resume_from}"
+        )
+
+    def next_config(self, nodes: int) -> ControllerConfig:
+        """All are gone: what the next generation's core is told. Worker ids go on, epochs begin again.
+
+        nodes: how many are there. It waits for others only where they may come.
+        """
         self.deadline = None
         self.generation += 1
-        return replace(self._config, allow_fresh_start=False, first_worker=self._next_worker)
+        nnodes = self._config.nnodes if self._config.nodes_return else nodes
+        return replace(self._config, allow_fresh_start=False, first_worker=self._next_worker, nnodes=nnodes)

@@ -286,11 +286,15 @@ class Shell:
         if self._ended is not None:
             return
         missing = self._restart.missing
-        if not missing:
+        connections = tuple(self.agents.connections)
+        lack = self._restart.lack(sum(connection.hello.workers for connection in connections))
+        if lack:
+            self._ended = JobEnded(exit_code=1, message=f"restart failed: {lack}")
+        elif not missing:
             self._plans.start_over()
-            self._core = self._make_core(self._restart.next_config())
+            self._core = self._make_core(self._restart.next_config(len(connections)))
             self._told.clear()
-            for connection in self.agents.connections:
+            for connection in connections:
                 self.submit(AgentAttached(node=connection.hello.node, workers=connection.hello.workers), now)
         elif self._restart.deadline is not None and now >= self._restart.deadline:
             names = ", ".join(map(str, sorted(missing)))

@@ -52,6 +52,9 @@ class ControllerConfig:
     allow_fresh_start: bool = True
     """Whether step 0 is a legal start; False when a durable checkpoint exists that a job must not ignore."""
 
+    nodes_return: bool = True
+    """Whether somebody may start the agent of a lost node again; with --standalone nobody does."""
+
     suspect_grace_s: float = 10.0
     """Seconds for which a suspected worker may stay silent before it is fenced."""
 

@@ -131,6 +131,8 @@ def controller_arguments(launch: Launch, place: Place) -> tuple[str, ...]:
         flags.append("--tls")
     if not config.allow_fresh_start:
         flags.append("--refuse-fresh-start")
+    if options.local_agents == config.nnodes:
+        flags.append("--nodes-stay-lost")
     return python("elaswave_controller", *flags)
 
 

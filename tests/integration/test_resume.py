@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from harness import Ended, Ground, oracle
+from harness import Ended, Ground, assert_same_training, oracle
 from tiny_job import TinyOptions
 
 pytestmark = pytest.mark.slow
@@ -81,3 +81,25 @@ def test_the_job_goes_back_to_its_checkpoint_when_state_is_lost(warm_ground: Gro
     report, wanted = ended.need_report(), oracle(job)
     assert report.losses == wanted.losses, report.text
     assert report.digest == wanted.digest, report.text
+
+
+@pytest.mark.parametrize("each", [2, 1])
+def test_the_node_of_a_dead_agent_is_not_waited_for_where_nobody_starts_it_again(
+    warm_ground: Ground, tmp_path: Path, each: int
+) -> None:
+    """All workers of the other node are lost after it: the layout starts on what is left, or the job ends."""
+    job = TinyOptions(steps=20)
+    spares = 2 * each - 2
+    layout = ["--nnodes=2", f"--nproc-per-node={each}", "--dp=2", "--pp=1", f"--spares={spares}"]
+    kills = [f"--inject=kill:worker={worker},step=14,phase=forward" for worker in range(each)]
+    running = warm_ground.start([*saving(tmp_path / "saved"), *layout, *kills], [*job.flags(), "--print-steps=1"])
+    running.wait_line("tiny step 5$")
+    running.one("elaswave_agent", "--node=node1").kill()
+    ended = running.wait()
+    warm_ground.check_nothing_left()
+    assert ended.seconds < 60.0, ended.story()
+    if each == 2:
+        assert_same_training(ended, job)
+        return
+    assert ended.exit_code == 1, ended.story()
+    assert "the nodes that are left have 1 of the 2 workers of the layout" in ended.err, ended.story()
