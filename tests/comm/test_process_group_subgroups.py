@@ -3,25 +3,23 @@
 from pathlib import Path
 
 import pytest
-from nursery_client import MEMORY, Nursery, both
+from nursery_client import LINKS, MEMORY, Nursery, both
 
 
-@both
 @pytest.mark.parametrize(
-    "losses",
+    ("losses", "memory"),
     [
-        [[5, 1, 0]],
-        [[5, 1, 1]],
-        [[5, 2, 1]],
-        [[0, 2, 2]],
-        [[1, 1, 1], [5, 1, 1]],
-        [[0, 1, 0], [2, 1, 2]],
-        [[3, 1, 1], [4, 2, 0], [5, 3, 1]],
+        ([[5, 1, 0]], MEMORY),
+        ([[5, 1, 0]], LINKS),
+        ([[5, 1, 1]], LINKS),
+        ([[0, 2, 2]], MEMORY),
+        ([[1, 1, 1], [5, 1, 1]], LINKS),
+        ([[0, 1, 0], [2, 1, 2]], MEMORY),
+        ([[3, 1, 1], [4, 2, 0], [5, 3, 1]], LINKS),
     ],
-    ids=lambda losses: "-".join(".".join(map(str, loss)) for loss in losses),
 )
 def test_a_step_is_repeated_in_all_groups(
-    nursery: Nursery, tmp_path: Path, memory: str, losses: list[list[int]]
+    nursery: Nursery, tmp_path: Path, losses: list[list[int]], memory: str
 ) -> None:
     lost = tuple(worker for worker, _, _ in losses)
     found = nursery.run("sums_in_a_grid", 6, tmp_path, killed=lost, memory=memory, losses=losses)
