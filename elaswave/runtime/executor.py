@@ -69,6 +69,7 @@ class Executor:
         self._position = 0
         self._step = Step(-1)
         self._mine: frozenset[tuple[MicroBatch, Hop]] = frozenset()
+        self._taken_over: set[tuple[MicroBatch, Hop]] = set()
         self._repairs: list[RepairWork] = []
         self._extra: list[tuple[MicroBatch, Hop]] = []
         self._own_since_repair = OWN_PER_REPAIR
@@ -97,6 +98,7 @@ class Executor:
         mine = frozenset(self._protocol.my_hops())
         moved = sorted(mine - self._mine, key=_order)
         self._mine = mine
+        self._taken_over.update(moved)
         self._extra = [found for found in self._extra if found in mine] + moved
         if moved:
             self._repairs.append(RepairWork(epoch=plan.epoch, step=self._step, hops=moved))
@@ -133,6 +135,7 @@ class Executor:
         self._step = self._protocol.step
         self._position = 0
         self._extra = []
+        self._taken_over = set()
         self._asked.clear()
         self.granted = {key for key in self.granted if key.step >= self._step}
         if self._step >= self._protocol.job.steps:
@@ -341,7 +344,8 @@ class Executor:
         phase = "backward" if backward else "forward"
         self._progress.begin(self._step, phase)
         self._progress.hop(self._step, micro_batch, backward, done=False)
-        self._faults.at(self._step, phase, expected=len(self._mine), recovery=recovery)
+        own = len(self._mine) - len(self._taken_over & self._mine)
+        self._faults.at(self._step, phase, expected=own, recovery=recovery)
         return time.monotonic()
 
     def _end_hop(self, micro_batch: MicroBatch, hop: Hop, started: float, *, backward: bool, received: object) -> None:

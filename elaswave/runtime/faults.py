@@ -10,8 +10,7 @@ from elaswave.core.injection import Injection
 
 
 class FaultInjector:
-    """Fires each injection once. `hops` tells how many hops of a phase the worker has in a step: compute faults fire
-    in their middle."""
+    """Fires each injection once; those of a compute phase in the middle of the worker's own hops."""
 
     def __init__(self, before_death: Callable[[], None]) -> None:
         self._waiting: list[Injection] = []
@@ -24,10 +23,14 @@ class FaultInjector:
         self._waiting.append(injection)
 
     def at(self, step: Step, phase: str, *, expected: int = 1, recovery: bool = False) -> None:
-        """The worker is at a place where faults can strike. `expected`: how often this phase comes in the step."""
+        """The worker is at a place where faults can strike. `expected`: how often this phase comes in the step.
+
+        Neither counts work of repair: what is taken over on the way would move the middle behind the end.
+        """
         if not self._waiting:
             return
-        seen = self._seen[(step, phase)] = self._seen.get((step, phase), 0) + 1
+        seen = self._seen.get((step, phase), 0) + (not recovery)
+        self._seen[(step, phase)] = seen
         for injection in list(self._waiting):
             wanted = injection.phase in (phase, "any") and injection.during_recovery == recovery
             if injection.step is not None and (injection.step != step or not wanted):

@@ -5,6 +5,7 @@ Tensors are tuples that say what they are. Everything else is the project's own:
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from elaswave.core.facts import Activation, Gradient, Have, LossScalars
@@ -20,14 +21,23 @@ from elaswave.sim.system import System, SystemScene
 from elaswave.sim.world import Action
 
 MOST_ACTIONS = 200_000
-_IDLE = SimpleNamespace(
-    begin=lambda *_, **__: None, hop=lambda *_, **__: None, at=lambda *_, **__: None, stretch=lambda *_: None
-)
+_IDLE = SimpleNamespace(begin=lambda *_, **__: None, hop=lambda *_, **__: None)
 _HOST = SimpleNamespace(to_host=lambda value: value)
 
 
 class _Death(Exception):
     """The worker dies instead of sending this."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultPlace:
+    """A pass of a worker, in which a fault could strike: how many of its phase it expects in the step."""
+
+    worker: int
+    step: int
+    phase: str
+    expected: int
+    recovery: bool
 
 
 class _Parts:
@@ -82,6 +92,7 @@ class ExecutedSystem(System):
         self._doomed = dict(doomed)
         self._unbuffered = unbuffered
         self.idle: set[int] = set()
+        self.fault_places: list[FaultPlace] = []
         super().__init__(scene)
 
     def executor(self, index: int) -> Executor:
@@ -93,12 +104,15 @@ class ExecutedSystem(System):
             def grant(peer: int, key: EdgeKey) -> None:
                 self._send(index, int(peer), Message(("grant", key), None))
 
+            def at(step: int, phase: str, *, expected: int, recovery: bool) -> None:
+                self.fault_places.append(FaultPlace(index, int(step), phase, expected, recovery))
+
             found = self._executors[index] = Executor(
                 parts,
                 parts,
                 _HOST,
                 progress=_IDLE,
-                faults=_IDLE,
+                faults=SimpleNamespace(at=at, stretch=lambda _: None),
                 report_work=lambda _: None,
                 grant=grant if self._unbuffered else None,
             )  # type: ignore[arg-type]
