@@ -18,7 +18,7 @@ SOAK_ARGS ?=
 install: $(INSTALLED)
 
 # The pinned torch goes first, so that nothing else chooses a version of it.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt elaswave/runtime/_kernels.c
 	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or set PYTHON=PATH" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is older than Python 3.11: set PYTHON=PATH of a newer one" >&2; exit 1; }

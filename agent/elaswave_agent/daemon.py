@@ -19,11 +19,13 @@ from elaswave_agent.options import AgentOptions
 from elaswave_agent.orders import ControllerBeat, Forward, InjectNow, Order, Shutdown
 from elaswave_agent.sockets import WorkerSockets
 from elaswave_agent.starters import FallbackStarter, ForkStarter, ProcessStarter, SpawnStarter
+from elaswave_agent.step_reports import StepReports
 from elaswave_agent.stream import ControllerStream, StreamSettings
 from elaswave_agent.supervisor import Supervisor
 
 GLANCE_PERIOD_S = 0.02
 GLANCES_PER_SWEEP = 12
+SWEEPS_PER_REPETITION = 4  # so that the status shows a worker's step a second late at most
 LEAVE_LIMIT_S = 1.0
 
 
@@ -56,6 +58,7 @@ class Agent:
             self._obey,
             self.note,
         )
+        self._steps = StepReports(self._stream.send)
 
     async def run(self) -> None:
         """Returns after a clean end. Raises ConfigError, FaultError, and what a task of ours raised."""
@@ -111,10 +114,12 @@ class Agent:
 
     async def _sweep(self) -> None:
         while True:
-            for _ in range(GLANCES_PER_SWEEP):
-                await asyncio.sleep(GLANCE_PERIOD_S)
-                self._supervisor.notice_dying()
-            self._supervisor.sweep()
+            for _ in range(SWEEPS_PER_REPETITION):
+                for _ in range(GLANCES_PER_SWEEP):
+                    await asyncio.sleep(GLANCE_PERIOD_S)
+                    self._supervisor.notice_dying()
+                self._supervisor.sweep()
+            self._steps.tell_repetitions()
 
     # -------------------------------------------------------------- told by the supervisor
 
@@ -122,6 +127,7 @@ class Agent:
         """Pass on to the controller."""
         if isinstance(event, WorkerExited):
             self._ready.pop(event.worker, None)
+            self._steps.forget(event.worker)
         self._stream.send(wire.encode_event(event))
 
     def failure(self, failure: WorkerFailed) -> None:
@@ -133,7 +139,11 @@ class Agent:
         request = wire.wrap_worker_frame(worker, body, time.monotonic())
         if wire.is_ready(request):
             self._ready[worker] = request
-        self._stream.send(request)
+        step = wire.reported_step(request)
+        if step is None:
+            self._stream.send(request)
+        else:
+            self._steps.take(worker, step, request)
 
     def note(self, text: str) -> None:
         """A line on stderr, which is the launcher's."""

@@ -8,7 +8,7 @@ from elaswave._pb.control_pb2_grpc import AgentServiceStub
 from elaswave.certificates import AUTHORITY_VARIABLE, TlsFiles
 from elaswave.control_channel import KEEPALIVE_S, open_channel
 from elaswave.core.events import FenceWorker, StartWorker, WorkerFailed
-from elaswave.core.ids import NodeId, WorkerId
+from elaswave.core.ids import NodeId, Step, WorkerId
 from elaswave.core.injection import Injection
 from elaswave.errors import ProtocolError
 from elaswave.wire import (
@@ -98,6 +98,13 @@ def wrap_worker_frame(worker: WorkerId, body: bytes, received_at: float) -> Requ
 def is_ready(request: Request) -> bool:
     """Whether this passes on a worker's WorkerReady."""
     return request.WhichOneof("body") == "from_worker" and request.from_worker.message.HasField("ready")
+
+
+def reported_step(request: Request) -> Step | None:
+    """The step of which this passes on a worker's report; None for anything else."""
+    if request.WhichOneof("body") != "from_worker" or not request.from_worker.message.HasField("step_result"):
+        return None
+    return Step(request.from_worker.message.step_result.step)
 
 
 def encode_failure(failure: WorkerFailed, received_at: float) -> Request:

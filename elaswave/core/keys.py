@@ -7,8 +7,11 @@ harmless for dropout and the like, and they are alike in every layout.
 
 import hashlib
 import struct
+from typing import Final
 
 from elaswave.core.ids import Layer, MicroBatch, Step
+
+_PACKERS: Final = tuple(struct.Struct(f"<{parts}q").pack for parts in range(6))
 
 
 def layer_key(seed: int, step: Step, layer: Layer, micro_batch: MicroBatch, *, tp_rank: int = 0) -> int:
@@ -42,5 +45,5 @@ def evaluation_key(seed: int, step: Step) -> int:
 
 
 def _key(label: bytes, *parts: int) -> int:
-    packed = struct.pack(f"<{len(parts)}q", *parts)
+    packed = _PACKERS[len(parts)](*parts)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=label).digest(), "little")

@@ -6,7 +6,7 @@ contribution beyond `limit` = min(2^51, 2^53 / M) q is replaced by the limit wit
 undefined element becomes NaN, in the sum too. Both depend on that contribution alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from elaswave.errors import InvariantError
 from elaswave.job import Job
+from elaswave.runtime.contribution import BlockGradient, whole
 from elaswave.runtime.host_memory import HostMemory, plain_memory
+from elaswave.runtime.kernels import KERNELS, Kernels, address, addresses
 
 PIECE_ELEMENTS: Final = 65536
 """Elements per pass: 1.3 MB of source, scratch and sum. Pieces of 8192 fit a level-2 cache of 512 KiB, but took 0.9 to
@@ -40,13 +42,10 @@ class Accumulation(Protocol):
         """A new accumulator: flat, on the host."""
 
     def empty(self, elements: int) -> Tensor:
-        """The same, its values not set: `begin` comes first."""
+        """The same, its values not set: the first contribution is entered as such."""
 
-    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
-        """Make it hold one flat float32 or bfloat16 contribution of the same length."""
-
-    def add(self, accumulator: Tensor, contribution: Tensor) -> None:
-        """Add a flat float32 or bfloat16 contribution of the same length."""
+    def enter(self, accumulator: Tensor, contribution: BlockGradient, *, first: bool) -> None:
+        """Add a float32 or bfloat16 contribution of the same length, or make the accumulator hold just this one."""
 
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
         """Sum of accumulators, or of equal slices of them; a new tensor. `parts` is not empty."""
@@ -65,9 +64,17 @@ def accumulation_of(job: Job, memory: HostMemory = plain_memory) -> Accumulation
 class Exact64Accumulation:
     """Sums that do not depend on order, grouping or number of workers."""
 
-    def __init__(self, *, quantum_exponent: int, micro_batches: int, memory: HostMemory = plain_memory) -> None:
+    def __init__(
+        self,
+        *,
+        quantum_exponent: int,
+        micro_batches: int,
+        memory: HostMemory = plain_memory,
+        kernels: Kernels | None = KERNELS,
+    ) -> None:
         """Raises nothing; `micro_batches` (M) is the most contributions that one sum will have."""
         self._memory = memory
+        self._kernels = kernels
         self.limit: Final = 2.0**quantum_exponent * min(2 ** (_MANTISSA - 2), 2**_MANTISSA // micro_batches)
         # Adding 1.5 * 2^52 q leaves no room for bits below q; subtracting it again is exact.
         self._rounder: Final = np.array(1.5 * 2.0 ** (_MANTISSA - 1 + quantum_exponent))
@@ -92,8 +99,15 @@ class Exact64Accumulation:
     def empty(self, elements: int) -> Tensor:
         return self._memory(elements, torch.float64)
 
-    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+    def enter(self, accumulator: Tensor, contribution: BlockGradient, *, first: bool) -> None:
         _check_lengths(accumulator, contribution)
+        if self._kernels is None:
+            _enter_parts(accumulator, contribution, self._begin if first else self._add, first=first)
+            return
+        bounds = float(self._rounder), self._bound
+        self._saturated += _enter_compiled(self._kernels, accumulator, contribution, first, bounds)
+
+    def _begin(self, accumulator: Tensor, contribution: Tensor) -> None:
         total = accumulator.numpy()
         for start in range(0, contribution.numel(), PIECE_ELEMENTS):
             piece = self._in_range(contribution[start : start + PIECE_ELEMENTS])
@@ -102,8 +116,7 @@ class Exact64Accumulation:
             np.add(into, self._rounder, into)
             np.subtract(into, self._rounder, into)
 
-    def add(self, accumulator: Tensor, contribution: Tensor) -> None:
-        _check_lengths(accumulator, contribution)
+    def _add(self, accumulator: Tensor, contribution: Tensor) -> None:
         total = accumulator.numpy()
         for start in range(0, contribution.numel(), PIECE_ELEMENTS):
             piece = self._in_range(contribution[start : start + PIECE_ELEMENTS])
@@ -119,12 +132,12 @@ class Exact64Accumulation:
         return _sum(parts)
 
     def to_gradient(self, parts: Sequence[Tensor], micro_batches: int) -> Tensor:
-        return _mean(parts, micro_batches, self._memory)
+        return _mean(parts, micro_batches, self._memory, self._kernels)
 
     def quantised(self, contribution: Tensor) -> Tensor:
-        """What `add` adds, as float64: for tests and reports."""
+        """What a flat contribution adds, as float64: for tests and reports."""
         accumulator = self.zeros(contribution.numel())
-        self.begin(accumulator, contribution)
+        self.enter(accumulator, whole(contribution), first=True)
         return accumulator
 
     def _in_range(self, piece: Tensor) -> NDArray[np.float32]:
@@ -145,8 +158,9 @@ class Exact64Accumulation:
 class Float32Accumulation:
     """Plain sums: half the memory and traffic, but other bits for every order and grouping."""
 
-    def __init__(self, memory: HostMemory = plain_memory) -> None:
+    def __init__(self, memory: HostMemory = plain_memory, *, kernels: Kernels | None = KERNELS) -> None:
         self._memory = memory
+        self._kernels = kernels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,20 +176,18 @@ class Float32Accumulation:
     def empty(self, elements: int) -> Tensor:
         return self._memory(elements, torch.float32)
 
-    def begin(self, accumulator: Tensor, contribution: Tensor) -> None:
+    def enter(self, accumulator: Tensor, contribution: BlockGradient, *, first: bool) -> None:
         _check_lengths(accumulator, contribution)
-        # Not a copy: zero plus minus zero is zero, as it is where an accumulator begins with zeros.
-        torch.add(contribution.to(torch.float32), 0.0, out=accumulator)
-
-    def add(self, accumulator: Tensor, contribution: Tensor) -> None:
-        _check_lengths(accumulator, contribution)
-        accumulator.add_(contribution)
+        if self._kernels is None:
+            _enter_parts(accumulator, contribution, _begin_plain if first else Tensor.add_, first=first)
+            return
+        _enter_compiled(self._kernels, accumulator, contribution, first, ())
 
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
         return _sum(parts)
 
     def to_gradient(self, parts: Sequence[Tensor], micro_batches: int) -> Tensor:
-        return _mean(parts, micro_batches, self._memory)
+        return _mean(parts, micro_batches, self._memory, self._kernels)
 
 
 def _float32_not_above(value: float) -> float:
@@ -183,27 +195,62 @@ def _float32_not_above(value: float) -> float:
     return float(nearest if float(nearest) <= value else np.nextafter(nearest, np.float32(0)))
 
 
-def _check_lengths(accumulator: Tensor, contribution: Tensor) -> None:
-    if accumulator.shape != contribution.shape:
+def _begin_plain(accumulator: Tensor, contribution: Tensor) -> None:
+    # Not a copy: zero plus minus zero is zero, as it is where an accumulator begins with zeros.
+    torch.add(contribution.to(torch.float32), 0.0, out=accumulator)
+
+
+def _enter_parts(
+    accumulator: Tensor, contribution: BlockGradient, enter: Callable[[Tensor, Tensor], object], *, first: bool
+) -> None:
+    spans = contribution.spans
+    if first and (None in contribution.values or sum(spans.lengths) < contribution.elements):
+        accumulator.zero_()
+    for start, length, values in zip(spans.starts, spans.lengths, contribution.values, strict=True):
+        if values is not None:
+            enter(accumulator[start : start + length], values.reshape(-1))
+
+
+def _enter_compiled(
+    kernels: Kernels,
+    accumulator: Tensor,
+    contribution: BlockGradient,
+    first: bool,
+    bounds: tuple[()] | tuple[float, float],
+) -> int:
+    """`bounds`: rounder and bound of exact sums. Returns how many elements were replaced by the bound."""
+    dtype = contribution.dtype
+    total = address(accumulator, torch.float64 if bounds else torch.float32, contribution.elements)
+    where = total, contribution.elements, contribution.spans.packed
+    return kernels.accumulate(*where, contribution.values, dtype, dtype is torch.bfloat16, first, *bounds)
+
+
+def _check_lengths(accumulator: Tensor, contribution: BlockGradient) -> None:
+    if accumulator.shape != (contribution.elements,):
         raise InvariantError(
-            f"a contribution of shape {tuple(contribution.shape)} is added to a sum of {tuple(accumulator.shape)}"
+            f"a contribution of {contribution.elements} elements is added to a sum of {tuple(accumulator.shape)}"
         )
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
     total = parts[0].clone()
     for part in parts[1:]:
-        _check_lengths(total, part)
+        _check_part(total, part)
         total.add_(part)
     return total
 
 
-def _mean(parts: Sequence[Tensor], micro_batches: int, memory: HostMemory) -> Tensor:
+def _mean(parts: Sequence[Tensor], micro_batches: int, memory: HostMemory, kernels: Kernels | None) -> Tensor:
     """In pieces that stay in the cache from the first part to the rounding."""
     first = parts[0]
     for part in parts[1:]:
-        _check_lengths(first, part)
+        _check_part(first, part)
     gradient = memory(first.numel(), torch.float32)
+    if kernels is not None:
+        sources = addresses(parts, first.dtype, first.numel())
+        wide = first.dtype is torch.float64
+        kernels.mean(gradient.data_ptr(), sources, first.numel(), float(micro_batches), wide)
+        return gradient
     scratch = torch.empty(min(PIECE_ELEMENTS, first.numel()), dtype=first.dtype)
     for start in range(0, first.numel(), PIECE_ELEMENTS):
         where = slice(start, start + PIECE_ELEMENTS)
@@ -213,3 +260,8 @@ def _mean(parts: Sequence[Tensor], micro_batches: int, memory: HostMemory) -> Te
             total = torch.add(total, part[where], out=mean)
         gradient[where].copy_(torch.div(total, micro_batches, out=mean))
     return gradient
+
+
+def _check_part(first: Tensor, part: Tensor) -> None:
+    if part.shape != first.shape:
+        raise InvariantError(f"a sum of shape {tuple(part.shape)} is added to one of {tuple(first.shape)}")

@@ -11,6 +11,7 @@ from elaswave.core.protocol.state import HopKey
 from elaswave.errors import ConfigError
 from elaswave.job import Job
 from elaswave.runtime.accumulation import Accumulation, accumulation_of
+from elaswave.runtime.contribution import whole
 from elaswave.runtime.data import MicroBatchLoader
 from elaswave.runtime.description import bytes_of, outline_layer
 from elaswave.runtime.device import Device
@@ -92,8 +93,8 @@ class _Probe:
             self._add(found)
             given = found[:_UPDATED_ELEMENTS].to("cpu")
             total = self._accumulation.empty(given.numel())
-            self._accumulation.begin(total, given)
-            self._accumulation.add(total, given)
+            for first in (True, False):
+                self._accumulation.enter(total, whole(given), first=first)
             gradient = self._accumulation.to_gradient([total], self._job.micro_batches)
             self.digest.update(repr(sum_of_squares(gradient)).encode())
             values = self._model.block(block)[:_UPDATED_ELEMENTS].to("cpu", torch.float32)

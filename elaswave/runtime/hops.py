@@ -151,21 +151,24 @@ class HopRunner:
         backward_keys = [backward_key(self._job.seed, hop.step, Layer(layer), hop.micro_batch) for layer in layers]
         begin, given = first, self._leaf(first, value)
         leaf, results = given, []
-        for index, forward, backward in zip(layers, forward_keys, backward_keys, strict=True):
-            result = self._run(hop, Layer(index), given, forward)
-            results.append(result)
-            if index + 1 < last and self._may_join(given, result):
-                result.register_hook(partial(self._pass_boundary, backward))  # type: ignore[no-untyped-call]
-                outputs.append(result)
-                given = result
-                continue
-            output = canonical(result.detach())
-            outputs.append(output)
-            kept = () if self._job.recompute else tuple(results)
-            segments.append(_Segment(first=begin, last=Layer(index + 1), input=leaf, results=kept, key=backward))
-            if index + 1 < last:
-                begin, given = Layer(index + 1), self._leaf(Layer(index + 1), output)
-                leaf, results = given, []
+        index = int(first)
+        # One context for all layers: those of each would cost as much as a small layer.
+        with UserCode(lambda: f"layer {index}"), torch.enable_grad():
+            for index, forward, backward in zip(layers, forward_keys, backward_keys, strict=True):
+                result = self._run(hop, Layer(index), given, forward)
+                results.append(result)
+                if index + 1 < last and self._may_join(given, result):
+                    result.register_hook(partial(self._pass_boundary, backward))  # type: ignore[no-untyped-call]
+                    outputs.append(result)
+                    given = result
+                    continue
+                output = canonical(result.detach())
+                outputs.append(output)
+                kept = () if self._job.recompute else tuple(results)
+                segments.append(_Segment(first=begin, last=Layer(index + 1), input=leaf, results=kept, key=backward))
+                if index + 1 < last:
+                    begin, given = Layer(index + 1), self._leaf(Layer(index + 1), output)
+                    leaf, results = given, []
         return tuple(segments), outputs
 
     def _may_join(self, given: Tensor, result: Tensor) -> bool:
@@ -195,14 +198,16 @@ class HopRunner:
         return value.detach().requires_grad_()
 
     def _run(self, hop: HopKey, layer: Layer, given: Tensor, key: int) -> Tensor:
-        """Output of the layer, for the last one the loss, with its graph; `key` seeds the generators."""
+        """Output of the layer, for the last one the loss, with its graph; `key` seeds the generators.
+
+        The caller names the layer for what it raises, and enables gradients.
+        """
         module = self._model.layer(layer).module
         self._device.seed(key)
         # Autograd forbids writing to a leaf that needs a gradient; samples have to be kept from layer 0 by a copy.
         value = given if given.requires_grad else given.clone()
         version = value._version
-        with UserCode(f"layer {layer}"), torch.enable_grad():
-            result = module(value)
+        result = module(value)
         if given.requires_grad and value._version != version:
             # Behind a cut autograd itself refuses this.
             raise UserCodeError(f"layer {layer} changes its input in place: that is the output of layer {layer - 1}")
@@ -213,11 +218,12 @@ class HopRunner:
     def _run_again(self, hop: HopKey, segment: _Segment) -> Tensor:
         """What the forward pass of a segment of one layer did not keep."""
         key = layer_key(self._job.seed, hop.step, segment.first, hop.micro_batch)
-        return self._run(hop, segment.first, segment.input, key)
+        with UserCode(f"layer {segment.first}"), torch.enable_grad():
+            return self._run(hop, segment.first, segment.input, key)
 
     def _loss(self, hop: HopKey, output: Tensor) -> Tensor:
         target = self._device.from_host(self._load(hop).target)
-        with UserCode("loss"), torch.enable_grad():
+        with UserCode("loss"):
             loss = self._job.loss(output, target)
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
             found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__

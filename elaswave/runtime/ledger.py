@@ -1,6 +1,6 @@
 """Accumulators with their ledgers: what is in a sum, and the indivisible act of adding to both."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from elaswave.core.ids import BlockId, Coverage, MicroBatch
 from elaswave.core.shape import Shard
 from elaswave.errors import InvariantError
 from elaswave.runtime.accumulation import Accumulation
-from elaswave.runtime.contribution import BlockGradient, Contribution
+from elaswave.runtime.contribution import Contribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +58,11 @@ class LayerAccumulator:
         if self._shown:
             self._sums = {block: self._accumulation.combine([total]) for block, total in self._sums.items()}
             self._shown = False
+        first = not self._coverage
         for block, gradient in contribution.items():
-            if self._coverage:
-                _add_pieces(self._accumulation.add, self._sums[block], gradient)
-            else:
+            if first:
                 self._sums[block] = self._accumulation.empty(gradient.elements)
-                _add_pieces(self._accumulation.begin, self._sums[block], gradient)
+            self._accumulation.enter(self._sums[block], gradient, first=first)
         self._coverage = Coverage(self._coverage | 1 << tag.micro_batch)
         self._torn = False
         return True
@@ -79,16 +78,14 @@ class LayerAccumulator:
     def _check(self, contribution: Contribution) -> None:
         if self._torn:
             raise InvariantError("an accumulator is written after an addition to it was interrupted")
+        if len(contribution) == len(self._elements) and all(
+            self._elements.get(block) == gradient.elements for block, gradient in contribution.items()
+        ):
+            return
         found = {block: gradient.elements for block, gradient in contribution.items()}
-        if found != self._elements:
-            raise InvariantError(f"a contribution has {found} elements by block, its accumulator {self._elements}")
+        raise InvariantError(f"a contribution has {found} elements by block, its accumulator {self._elements}")
 
 
 def layer_accumulator(accumulation: Accumulation, contribution: Contribution) -> LayerAccumulator:
     """An empty accumulator for contributions that look like this one."""
     return LayerAccumulator(accumulation, {block: gradient.elements for block, gradient in contribution.items()})
-
-
-def _add_pieces(add: Callable[[Tensor, Tensor], None], total: Tensor, gradient: BlockGradient) -> None:
-    for start, values in gradient.pieces:
-        add(total[start : start + values.numel()], values.to("cpu"))

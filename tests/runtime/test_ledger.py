@@ -8,7 +8,7 @@ from elaswave.core.ids import BlockId, MicroBatch
 from elaswave.core.shape import Shard
 from elaswave.errors import InvariantError
 from elaswave.runtime.accumulation import Exact64Accumulation
-from elaswave.runtime.contribution import BlockGradient, Contribution, whole
+from elaswave.runtime.contribution import BlockGradient, Contribution, Spans, whole
 from elaswave.runtime.ledger import LayerAccumulator, Tag, layer_accumulator
 
 OWN, TIED = BlockId(0), BlockId(3)
@@ -16,8 +16,10 @@ OWN, TIED = BlockId(0), BlockId(3)
 
 def contribution(value: float) -> Contribution:
     own = torch.full((2048,), value)
-    pieces = ((0, own[:100]), (100, own[100:]))
-    return {OWN: BlockGradient(elements=2048, pieces=pieces), TIED: whole(torch.full((1024,), 10 * value))}
+    return {
+        OWN: BlockGradient(2048, Spans([(0, 100), (100, 1948)]), (own[:100], own[100:]), torch.float32),
+        TIED: whole(torch.full((1024,), 10 * value)),
+    }
 
 
 def tag(micro_batch: int, *, valid: bool = True) -> Tag:
@@ -88,11 +90,11 @@ class FailsOnSecond(Exact64Accumulation):
         super().__init__(quantum_exponent=-44, micro_batches=8)
         self.calls = 0
 
-    def add(self, accumulator: Tensor, contribution: Tensor) -> None:
+    def enter(self, accumulator: Tensor, contribution: BlockGradient, *, first: bool) -> None:
         self.calls += 1
-        if self.calls == 2:
+        if self.calls == 4:
             raise MemoryError
-        super().add(accumulator, contribution)
+        super().enter(accumulator, contribution, first=first)
 
 
 def test_a_torn_sum_is_never_read() -> None:

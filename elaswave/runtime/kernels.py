@@ -1,0 +1,71 @@
+"""The compiled passes of _kernels.c, where the installation had a compiler: one over memory instead of several.
+
+Everything here has a form in numpy and torch beside it, which gives the same bits and runs where this is missing.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from elaswave.errors import InvariantError
+
+
+class Kernels(Protocol):
+    """What the compiled module offers; addresses are those of contiguous host memory that nobody else writes."""
+
+    def accumulate(  # noqa: PLR0917 - parsed in C, by position
+        self,
+        total: int,
+        elements: int,
+        spans: bytes,
+        values: tuple[Tensor | None, ...],
+        dtype: torch.dtype,
+        bfloat16: bool,
+        begin: bool,
+        rounder: float = ...,
+        bound: float = ...,
+        /,
+    ) -> int:
+        """Add parameters' gradients (None: zeros) to `total` at their `spans`, or begin it with them.
+
+        Spans are pairs of int64, start and length, ascending. Values are of `dtype`, which is float32 or bfloat16.
+        `total` is float32, or with a `bound` float64: then elements are rounded by `rounder`, and those beyond the
+        bound replaced by it. Returns how many were. Raises ValueError where spans or values do not fit.
+        """
+
+    def mean(self, into: int, parts: list[int], elements: int, divisor: float, wide: bool, /) -> None:
+        """Write the sum of the parts (float64 if `wide`, else float32) over `divisor` as float32."""
+
+    def adamw(  # noqa: PLR0917 - parsed in C, by position
+        self, master: int, average: int, square_average: int, gradient: int, elements: int, constants: bytes, /
+    ) -> None:
+        """One update by AdamW in place, all float32. `constants`: nine, in the order of the C function."""
+
+
+def load_kernels() -> Kernels | None:
+    """The compiled passes, or None where they were not compiled."""
+    try:
+        from elaswave.runtime import _kernels  # noqa: PLC0415 - whether it is there is the question
+    except ImportError:
+        return None
+    return _kernels
+
+
+KERNELS: Final = load_kernels()
+
+
+def address(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
+    """Where a flat host tensor lies. Raises InvariantError where it is not what a kernel would take it for."""
+    if tensor.dtype != dtype or tensor.numel() != elements or tensor.is_cuda or not tensor.is_contiguous():
+        raise InvariantError(
+            f"a kernel is given {tensor.numel()} elements of {tensor.dtype} on {tensor.device}: "
+            f"must be {elements} of {dtype}, contiguous, in host memory"
+        )
+    return tensor.data_ptr()
+
+
+def addresses(tensors: Sequence[Tensor], dtype: torch.dtype, elements: int) -> list[int]:
+    """Of each."""
+    return [address(tensor, dtype, elements) for tensor in tensors]
