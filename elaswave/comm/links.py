@@ -125,9 +125,18 @@ class Links:
                     self._board.loop.call_soon(partial(outgoing.move, address))
 
     def send(
-        self, peer: WorkerId, kind: int, meta: bytes, payload: Payload | None = None, *, copy: bool = False
+        self,
+        peer: WorkerId,
+        kind: int,
+        meta: bytes,
+        payload: Payload | None = None,
+        *,
+        copy: bool = False,
+        more: bool = False,
     ) -> None:
         """Send one frame to `peer`; returns at once, whatever the peer does.
+
+        With `more` this thread sends it another one at once, or calls `release`: both go to the kernel together.
 
         What the kernel does not take now waits in a queue, and `payload` is then referred to, not copied: leave it
         unchanged until `queued_bytes(peer)` is 0 or `flush` returns True, or pass copy=True, which copies only what
@@ -141,9 +150,15 @@ class Links:
         if outgoing is None:
             outgoing = self._open(peer)
         sent, flags = self._as_sent(outgoing, view, copy=copy)
-        if outgoing.queue.push(kind, meta, sent, copy=copy, flags=flags):
+        if outgoing.queue.push(kind, meta, sent, copy=copy, flags=flags, more=more):
             self._board.loop.call_soon(partial(self._board.dial, outgoing))
         self._board.sent.add(kind, HEADER_BYTES + len(meta) + payload_bytes)
+
+    def release(self, peer: WorkerId) -> None:
+        """Let go what was sent with `more` and nothing followed."""
+        outgoing = self._outgoing.get(peer)
+        if outgoing is not None:
+            outgoing.queue.release()
 
     def watch(self, peer: WorkerId) -> None:
         """Have the end of `peer` reported although nothing is sent to it: dial it, unless one has dialled the other.

@@ -48,6 +48,7 @@ class SendQueue:
         self._sequence = 0  # of the next frame
         self._socket: socket.socket | None = None
         self._armed = False  # the loop tells when the socket is writable
+        self._held = False  # all that waits does so only because more is to follow
         self._writing = False  # the I/O thread is in a write, without the lock
         self._closed: ElasWaveError | None = None  # why it takes nothing more
 
@@ -56,12 +57,14 @@ class SendQueue:
         """Bytes of frames that were pushed and are not yet with the kernel."""
         return self._queued_bytes
 
-    def push(self, kind: int, meta: bytes, payload: memoryview | None, *, copy: bool, flags: int = 0) -> bool:
+    def push(
+        self, kind: int, meta: bytes, payload: memoryview | None, *, copy: bool, flags: int = 0, more: bool = False
+    ) -> bool:
         """Take one frame: write it now as far as that goes without waiting, and queue the rest.
 
-        Returns True if it is the first that waits for a connection: somebody has to dial. With `copy` what must wait is
-        copied, else referred to. Raises LinkBacklog over the limit (an empty queue takes any frame), and after `close`
-        its cause.
+        With `more` another frame follows at once, or `release`: both are then written in one call. Returns True if it
+        is the first that waits for a connection: somebody has to dial. With `copy` what must wait is copied, else
+        referred to. Raises LinkBacklog over the limit (an empty queue takes any frame), and after `close` its cause.
         """
         payload_bytes = 0 if payload is None else len(payload)
         meta_bytes, payload_sum = len(meta), 0
@@ -79,23 +82,42 @@ class SendQueue:
             if self._checksums:
                 meta += CHECKSUM.pack(checksum(head, meta, payload_sum))
             parts = _join(head, meta, payload, total)
-            first = not self._queued_bytes
-            if first and not self._writing and self._socket is not None:
-                sent = self._write_now(self._socket, parts, total)
-                if sent == total:
-                    return False
-                parts = _after(parts, sent)
-                total -= sent
             # What is checked must not change: the receiver would take that for damage, and the sender for lost.
-            copy |= self._checksums
-            self._parts.extend(bytes(part) if copy else part for part in parts)
-            self._queued_bytes += total
-            if self._socket is None:
-                return first
-            if not self._armed:
-                self._armed = True
-                self._rearm(self._socket, WRITABLE)
-            return False
+            return self._take(parts, total, copy=copy or self._checksums, more=more)
+
+    def release(self) -> None:
+        """Write what waits for more to follow. For the thread that pushes."""
+        with self._lock:
+            if self._held:
+                self._take([], 0, copy=False, more=False)
+
+    def _take(self, parts: list[Part], total: int, *, copy: bool, more: bool) -> bool:
+        first = not self._queued_bytes
+        if (first or self._held) and not self._writing and self._socket is not None:
+            if more:
+                self._held = True
+                self._queue(parts, total, copy=copy)
+                return False
+            if self._held:
+                parts, total = [*self._parts, *parts], total + self._queued_bytes
+                self._parts.clear()
+                self._queued_bytes, self._held = 0, False
+            sent = self._write_now(self._socket, parts, total)
+            if sent == total:
+                return False
+            parts = _after(parts, sent)
+            total -= sent
+        self._queue(parts, total, copy=copy)
+        if self._socket is None:
+            return first
+        if not self._armed:
+            self._armed = True
+            self._rearm(self._socket, WRITABLE)
+        return False
+
+    def _queue(self, parts: list[Part], total: int, *, copy: bool) -> None:
+        self._parts.extend(bytes(part) if copy else part for part in parts)
+        self._queued_bytes += total
 
     def _check_open(self, frame_bytes: int) -> None:
         if self._closed is not None:
@@ -187,7 +209,7 @@ class SendQueue:
             whole = not self._parts and not self._writing
             self._closed = self._closed or cause
             self._parts.clear()
-            self._queued_bytes = 0
+            self._queued_bytes, self._held = 0, False
             return whole
 
     def take_socket(self, *, goodbye: bool) -> None:
@@ -199,7 +221,7 @@ class SendQueue:
 
     def _drop(self) -> None:
         self._parts.clear()
-        self._queued_bytes = 0
+        self._queued_bytes, self._held = 0, False
         self._sequence = 0
         self._socket = None
         self._armed = False

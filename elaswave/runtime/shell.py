@@ -1,7 +1,8 @@
 """Performs what the protocol asks for, on tensors: the impure half of a worker's part in a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -71,14 +72,19 @@ class ProtocolShell:
         self._sums: dict[SumKey, LayerAccumulator] = {}
         self._updates: dict[Step, Update] = {}
         self._published: dict[ShardId, Tensor] = {}
+        self._held: set[WorkerId] = set()  # peers to which something waits for more to follow
         self._on_phase = on_phase
         self._on_decided = on_decided
 
     def perform(self) -> None:
         """Do everything that the protocol has asked for until it asks for nothing more."""
         while effects := self.protocol.take_effects():
-            for effect in effects:
-                self._perform_one(effect)
+            for found, group in groupby(effects, _is_send):
+                if found:
+                    self._send_all(cast(list[do.Send], list(group)))
+                else:
+                    for effect in group:
+                        self._perform_one(effect)
 
     def _perform_one(self, effect: do.Effect) -> None:
         match effect:
@@ -181,7 +187,16 @@ class ProtocolShell:
 
     # ------------------------------------------------------------------ sending
 
-    def _send(self, effect: do.Send) -> None:
+    def _send_all(self, effects: Sequence[do.Send]) -> None:
+        """What goes to one peer goes to the kernel together: a call of it, and waking the peer, cost most of a send."""
+        last = {effect.to: place for place, effect in enumerate(effects)}
+        for place, effect in enumerate(effects):
+            self._send(effect, more=place < last[effect.to])
+        for peer in self._held:
+            self._parts.links.release(peer)
+        self._held.clear()
+
+    def _send(self, effect: do.Send, *, more: bool = False) -> None:
         fact = effect.fact
         if isinstance(fact, facts.Activation | facts.Gradient):
             key = edge_key(fact)
@@ -196,7 +211,7 @@ class ProtocolShell:
         if effect.to == self.protocol.me:
             self.protocol.receive(effect.to, fact, payload)
         else:
-            self.send_fact(effect.to, fact, payload, copy=copy)
+            self.send_fact(effect.to, fact, payload, copy=copy, more=more)
 
     def _payload(self, effect: do.Send) -> tuple[Tensor | None, bool]:
         """The tensor, and whether later work here changes its memory."""
@@ -217,18 +232,28 @@ class ProtocolShell:
             found = self._published[shard] = self._parts.memory(master.numel(), self._dtype).copy_(master)
         return found
 
-    def send_fact(self, to: WorkerId, fact: Fact, payload: Tensor | None, *, copy: bool = False) -> None:
+    def send_fact(
+        self, to: WorkerId, fact: Fact, payload: Tensor | None, *, copy: bool = False, more: bool = False
+    ) -> None:
         """Put a fact on the link; one that cannot be reached and is not in the plan gets nothing."""
         kind, meta = encode_fact(fact)
         data = None
         if payload is not None:
             describe_tensor(meta, payload)
             data = bytes_of_tensor(payload)
+        if more:
+            self._held.add(to)
+        else:
+            self._held.discard(to)
         try:
-            self._parts.links.send(to, kind, meta.finish(), data, copy=copy)
+            self._parts.links.send(to, kind, meta.finish(), data, copy=copy, more=more)
         except LinkClosed:
             if to in self.protocol.plan.ids:
                 raise
+
+
+def _is_send(effect: do.Effect) -> bool:
+    return isinstance(effect, do.Send)
 
 
 def _check_coverage(fact: facts.Partial, coverage: Coverage) -> None:

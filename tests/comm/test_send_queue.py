@@ -58,34 +58,37 @@ class Wire:
 
 
 SIZES = st.one_of(st.integers(0, 200), st.sampled_from([JOIN_BYTES, 3 * JOIN_BYTES, 50_000]))
-PUSHES = st.tuples(SIZES, SIZES, st.booleans())
+PUSHES = st.tuples(SIZES, SIZES, st.booleans(), st.booleans())
 ACTIONS = st.lists(st.one_of(PUSHES, st.sampled_from(["read", "write", "up"])), max_size=25)
 
 
 @given(actions=ACTIONS, direct_bytes=st.sampled_from([0, 1, 100, 5000, 1 << 20]))
-def test_what_is_pushed_arrives_in_order(actions: list[tuple[int, int, bool] | str], direct_bytes: int) -> None:
+def test_what_is_pushed_arrives_in_order(actions: list[tuple[int, int, bool, bool] | str], direct_bytes: int) -> None:
     wire = Wire(direct_bytes)
     up = False
     sent: list[tuple[int, bytes, bytes]] = []
     block = np.random.default_rng(0).bytes(50_000)
     for number, action in enumerate(actions):
         if isinstance(action, tuple):
-            meta_bytes, payload_bytes, copy = action
+            meta_bytes, payload_bytes, copy, more = action
             payload = bytearray(block[:payload_bytes])
             sent.append((number, block[:meta_bytes], bytes(payload)))
             first = not wire.queue.queued_bytes
             view = memoryview(payload) if payload else None
-            must_dial = wire.queue.push(number, block[:meta_bytes], view, copy=copy)
+            must_dial = wire.queue.push(number, block[:meta_bytes], view, copy=copy, more=more)
             assert must_dial == (first and not up)
             if copy:
                 payload[:] = bytes(payload_bytes)  # the caller may use it for something else at once
-        elif action == "up" and not up:
+            continue
+        wire.queue.release()
+        if action == "up" and not up:
             up = True
             wire.queue.attach(wire.near)
         elif action == "read":
             wire.read()
         elif up:
             wire.write()
+    wire.queue.release()
     if not up:
         wire.queue.attach(wire.near)
     wire.finish()
@@ -100,6 +103,34 @@ def test_a_frame_that_fits_is_written_by_the_caller() -> None:
     wire.read()
     assert wire.frames == [(1, b"meta", b"payload")]
     wire.finish()
+
+
+def test_frames_that_others_follow_are_written_with_the_last_one() -> None:
+    wire = Wire()
+    wire.queue.attach(wire.near)
+    for number in range(3):
+        assert not wire.queue.push(number, b"m", memoryview(bytes(5000)), copy=False, more=True)
+        wire.read()
+        assert wire.frames == [] and not wire.armed
+    wire.queue.push(3, b"m", None, copy=False)
+    wire.read()
+    wire.queue.push(4, b"m", None, copy=False, more=True)
+    wire.queue.release()
+    wire.queue.release()
+    wire.finish()
+    assert [kind for kind, _, _ in wire.frames] == list(range(5))
+
+
+def test_frames_that_wait_for_more_are_dropped_with_the_connection() -> None:
+    wire = Wire()
+    wire.queue.attach(wire.near)
+    wire.queue.push(1, b"m", None, copy=False, more=True)
+    wire.queue.detach()
+    wire.queue.release()
+    assert wire.queue.queued_bytes == 0
+    assert wire.queue.push(2, b"m", None, copy=False, more=True)  # somebody has to dial
+    wire.near.close()
+    wire.far.close()
 
 
 def test_small_frames_that_wait_go_in_one_write() -> None:

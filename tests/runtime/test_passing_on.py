@@ -41,7 +41,9 @@ class Sent:
     def __init__(self) -> None:
         self.frames: list[tuple[int, int, bytes, bytes]] = []
 
-    def send(self, peer: int, kind: int, meta: bytes, data: memoryview, *, copy: bool = False) -> None:
+    def send(
+        self, peer: int, kind: int, meta: bytes, data: memoryview, *, copy: bool = False, more: bool = False
+    ) -> None:
         self.frames.append((peer, kind, bytes(meta), bytes(data)))
 
 
