@@ -130,6 +130,12 @@ class Inbox(Generic[Item]):
         items.extend(self._queue.get_nowait() for _ in range(count))
         return items
 
+    def poll(self) -> None:
+        """Put in what the driver can bring without waiting. Consumer thread only."""
+        if self._driver is not None and self._driver.lead():
+            self._driver.turn(0.0)
+            self._driver.follow()
+
     def wait(self, deadline: float) -> bool:
         """Wait for an item until `time.monotonic() == deadline`; whether there is one. Consumer thread only."""
         if self.filled:

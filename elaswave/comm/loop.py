@@ -18,11 +18,11 @@ EVENTS_PER_TURN = 64
 # While a consumer that leads now and then is active, the daemon looks so often whether it is busy with something else.
 # Frame by frame it leads again within 10 to 100 us, in which the daemon must not be woken; computing takes
 # milliseconds, and what comes meanwhile fits the socket buffers at first. The timer is not set anew for each lead, as
-# that costs up to 20 us in a virtual machine.
-GRACE_S = 0.004
+# that costs up to 20 us in a virtual machine. Looks every 4 ms took 3 to 4 % of a pipeline with hops of 3 ms.
+GRACE_S = 0.020
 # It is busy if it has computed for so much of that time. If it has not, it most likely waits for a CPU among many
 # processes: a daemon that took over then would only make it wait longer.
-BUSY_S = 0.003
+BUSY_S = 0.012
 PATIENCE = 5
 """Looks after which the daemon takes over whatever the consumer does."""
 

@@ -35,7 +35,7 @@ FLAGS = 64
 SEGMENT_BYTES = 64 << 20
 GRAIN_BYTES = 4096
 SETTLE_TRIES = 8
-"""Blocks of a size, the newest and then the oldest, that are looked at for one to use anew before memory is added."""
+"""Blocks of a size, among the newest and among the oldest, that are looked at before memory is added."""
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """A file that cannot shrink: nobody who has it mapped can be sent SIGBUS by its owner."""
@@ -81,6 +81,12 @@ class _Block:
     def read(self) -> bytes:
         """The flags of who was sent it: 1 where it is read, else 0."""
         return bytes(self.segment.flags[self.start : self.start + len(self.sent)])
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all who were sent it have read it."""
+        start, count = self.start, len(self.sent)
+        return self.segment.flags[start] == 1 if count == 1 else 0 not in self.segment.flags[start : start + count]
 
     def clear(self) -> None:
         """Nobody was sent it."""
@@ -196,10 +202,11 @@ class PayloadPool:
             self._free.setdefault(block.capacity, deque()).append(block)
         capacity = -(-max(nbytes, 1) // GRAIN_BYTES) * GRAIN_BYTES
         free = self._free.setdefault(capacity, deque())
-        # The newest first: its memory is in the caches still. The oldest are the ones that most likely nobody reads.
-        newest = range(len(free) - 1, max(-1, len(free) - 1 - SETTLE_TRIES), -1)
-        tries = (*newest, *range(min(SETTLE_TRIES, max(0, len(free) - SETTLE_TRIES))))
-        place = next((place for place in tries if 0 not in free[place].read()), None)
+        # The newest first: its memory is in the caches still. Then the oldest, which most likely nobody reads.
+        last = len(free) - 1
+        newest = range(last - 1, max(-1, last - SETTLE_TRIES), -1)
+        tries = (last, *range(min(SETTLE_TRIES, max(0, last))), *newest) if free else ()
+        place = next((place for place in tries if free[place].is_read), None)
         if place is None:
             # Before memory is added, and not at every look: whether a process has ended takes a system call.
             place = next((place for place in tries if self._is_settled(free[place])), None)

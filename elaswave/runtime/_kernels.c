@@ -43,6 +43,18 @@ CLONED static int within(const float *restrict from, Py_ssize_t n, float bound) 
     return !outside;
 }
 
+CLONED static int finite32(const uint32_t *bits, Py_ssize_t n) {
+    int not_finite = 0;
+    for (Py_ssize_t i = 0; i < n; i++) not_finite |= (bits[i] & 0x7f800000u) == 0x7f800000u;
+    return !not_finite;
+}
+
+CLONED static int finite16(const uint16_t *bits, Py_ssize_t n) {
+    int not_finite = 0;
+    for (Py_ssize_t i = 0; i < n; i++) not_finite |= (bits[i] & 0x7f80u) == 0x7f80u;
+    return !not_finite;
+}
+
 CLONED static void exact_begin(double *restrict total, const float *restrict from, Py_ssize_t n, double rounder) {
     for (Py_ssize_t i = 0; i < n; i++) total[i] = ((double)from[i] + rounder) - rounder;
 }
@@ -312,10 +324,24 @@ static PyObject *py_adamw(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* (address, elements, bfloat16) -> whether no element is infinite or not a number */
+static PyObject *py_finite(PyObject *self, PyObject *args) {
+    unsigned long long address;
+    long long elements;
+    int bfloat16, found;
+    if (!PyArg_ParseTuple(args, "KLp", &address, &elements, &bfloat16)) return NULL;
+    const void *values = (const void *)(uintptr_t)address;
+    Py_BEGIN_ALLOW_THREADS
+    found = bfloat16 ? finite16((const uint16_t *)values, elements) : finite32((const uint32_t *)values, elements);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(found);
+}
+
 static PyMethodDef methods[] = {
     {"accumulate", py_accumulate, METH_VARARGS, NULL},
     {"mean", py_mean, METH_VARARGS, NULL},
     {"adamw", py_adamw, METH_VARARGS, NULL},
+    {"finite", py_finite, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -6,6 +6,7 @@ complement. A tensor payload is preceded in meta by its type and shape.
 
 import struct
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
+@lru_cache(maxsize=MAX_DIMENSIONS + 1)
+def _numbers(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}Q")
+
+
 class Writer:
     """Builds meta bytes."""
 
@@ -63,7 +69,7 @@ class Writer:
 
     def numbers(self, *values: int) -> "Writer":
         """Unsigned 64-bit numbers."""
-        self._parts.append(struct.pack(f"<{len(values)}Q", *values))
+        self._parts.append(_numbers(len(values)).pack(*values))
         return self
 
     def exact(self, value: int) -> "Writer":
@@ -99,7 +105,7 @@ class Reader:
 
     def numbers(self, count: int) -> tuple[int, ...]:
         """Unsigned 64-bit numbers."""
-        return struct.unpack(f"<{count}Q", self._take(8 * count))
+        return _numbers(count).unpack(self._take(8 * count))
 
     def number(self) -> int:
         """One unsigned 64-bit number."""

@@ -61,6 +61,7 @@ class Executor:
         self._faults = faults
         self._report_work = report_work
         self._grant = grant
+        self._followed: Plan | None = None
         self._table: RouteTable | None = None
         self._program_of_table: Program = ()
         self._losses: dict[tuple[Step, MicroBatch], LossScalars] = {}
@@ -79,6 +80,11 @@ class Executor:
         self._logged: deque[tuple[EdgeKey, int]] = deque()
         self._logged_bytes = 0
 
+    @property
+    def is_repairing(self) -> bool:
+        """Whether hops that were taken over are still to be run."""
+        return bool(self._extra)
+
     # ------------------------------------------------------------------ plans and steps
 
     def follow(self) -> None:
@@ -88,6 +94,9 @@ class Executor:
         of an unbuffered transport is not held back.
         """
         plan = self._protocol.plan
+        if plan is self._followed and self._protocol.step == self._step:
+            return
+        self._followed = plan
         if self._protocol.step != self._step:
             self._close_repairs()
             self._begin_step(plan)

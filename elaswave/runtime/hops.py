@@ -25,6 +25,7 @@ from elaswave.job import Job
 from elaswave.runtime.contribution import Contribution
 from elaswave.runtime.data import MicroBatchData, MicroBatchLoader
 from elaswave.runtime.device import Device, canonical, is_canonical
+from elaswave.runtime.kernels import KERNELS
 from elaswave.runtime.model import PARAMETER_DTYPES, HostedModel
 from elaswave.runtime.user_code import UserCode
 
@@ -313,12 +314,20 @@ def _first_non_finite(hop: HopKey, outputs: list[Tensor]) -> NonFinite | None:
 
     Every layer is looked at, not only the hop's end: else what is found would depend on where the hops are cut.
     """
-    # An infinity or NaN makes the sum one too. Large finite values can, so then each output is looked at closely.
-    with torch.no_grad():
-        sums = torch.stack([output.sum(dtype=torch.float32) for output in outputs])
-    if all(map(math.isfinite, sums.tolist())):
+    if _all_finite(outputs):
         return None
     for offset, output in enumerate(outputs):
         if not bool(torch.isfinite(output).all()):
             return NonFinite(micro_batch=hop.micro_batch, layer=Layer(hop.first + offset))
     return None
+
+
+def _all_finite(outputs: list[Tensor]) -> bool:
+    """A quick look: True only where every element is finite; large ones may make it False."""
+    if KERNELS is not None and all(output.dtype in PARAMETER_DTYPES.values() and output.is_cpu for output in outputs):
+        kernel = KERNELS.finite
+        return all([kernel(found.data_ptr(), found.numel(), found.dtype is torch.bfloat16) for found in outputs])
+    # An infinity or NaN makes the sum one too.
+    with torch.no_grad():
+        sums = torch.stack([output.sum(dtype=torch.float32) for output in outputs])
+    return all(map(math.isfinite, sums.tolist()))

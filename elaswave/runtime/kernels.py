@@ -43,6 +43,9 @@ class Kernels(Protocol):
     ) -> None:
         """One update by AdamW in place, all float32. `constants`: nine, in the order of the C function."""
 
+    def finite(self, address: int, elements: int, bfloat16: bool, /) -> bool:
+        """Whether none of these elements, float32 or bfloat16, is infinite or not a number."""
+
 
 def load_kernels() -> Kernels | None:
     """The compiled passes, or None where they were not compiled."""

@@ -153,6 +153,8 @@ class TrainingLoop:
         """Until the plan says that the job has finished."""
         inbox = self._connections.inbox
         while not self._left:
+            if self._executor.is_repairing:
+                inbox.poll()  # inputs of repair are sent again while this worker computes
             items = inbox.take_all()
             for item in items:
                 self._handle(item)

@@ -15,6 +15,7 @@ from elaswave.core.exact import exact_from_float, exact_to_float
 from elaswave.core.facts import NonFinite
 from elaswave.core.ids import BlockId, Layer, MicroBatch, Step
 from elaswave.errors import InvariantError, UserCodeError
+from elaswave.runtime import hops
 from elaswave.runtime.device import canonical, configure_numerics
 from elaswave.runtime.hops import LayerContribution
 
@@ -307,6 +308,14 @@ class Hide(nn.Module):
         return torch.nan_to_num(value, 0.0, 0.0, 0.0)
 
 
+@pytest.fixture(params=[True, False], ids=["as installed", "without kernels"])
+def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs are looked at by the compiled kernel where there is one, and by torch."""
+    if not request.param:
+        monkeypatch.setattr(hops, "KERNELS", None)
+
+
+@pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("cuts", [(), (1,), (2,), (3,), (1, 2, 3, 4)])
 def test_the_first_layer_with_a_bad_output_is_found_wherever_hops_end(bad: float, cuts: tuple[int, ...]) -> None:
@@ -324,6 +333,7 @@ def test_the_first_layer_with_a_bad_output_is_found_wherever_hops_end(bad: float
     assert exact_to_float(done.loss.loss) > 0
 
 
+@pytest.mark.usefixtures("looks")
 def test_a_bad_loss_belongs_to_the_last_layer_and_counts_as_zero() -> None:
     bench = Bench(small_job(loss=lambda output, target: output.sum() * float("nan")))
     done = bench.runner.forward(hop(0, 4), None)
@@ -332,6 +342,7 @@ def test_a_bad_loss_belongs_to_the_last_layer_and_counts_as_zero() -> None:
     assert done.loss.loss == 0
 
 
+@pytest.mark.usefixtures("looks")
 def test_large_finite_values_are_not_taken_for_bad_ones() -> None:
     layers = [lambda: nn.Embedding(32, 16), lambda: Scale(1e38), lambda: Scale(1e-38), lambda: nn.Linear(16, 32)]
     bench = Bench(small_job(layers=layers))
