@@ -247,15 +247,16 @@ static int find_sources(Contribution *job, PyObject *values, PyObject *dtype) {
     return 1;
 }
 
-/* (total, elements, spans, values, dtype, bfloat16, begin[, rounder, bound]) -> number of elements replaced by the bound */
+/* (total, (elements, spans, values, dtype, bfloat16), begin, rounder, bound; below 0: float32)
+ * -> number of elements replaced by the bound */
 static PyObject *py_accumulate(PyObject *self, PyObject *args) {
     unsigned long long total;
     const char *spans;
     Py_ssize_t spans_bytes;
     PyObject *values, *dtype;
     Contribution job = {0};
-    double bound = -1.0;
-    if (!PyArg_ParseTuple(args, "KLy#O!Opp|dd", &total, &job.elements, &spans, &spans_bytes, &PyTuple_Type, &values,
+    double bound;
+    if (!PyArg_ParseTuple(args, "K(Ly#O!Op)pdd", &total, &job.elements, &spans, &spans_bytes, &PyTuple_Type, &values,
                           &dtype, &job.bfloat16, &job.begin, &job.rounder, &bound))
         return NULL;
     job.total = (char *)(uintptr_t)total;
@@ -304,24 +305,27 @@ static PyObject *py_mean(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* (master, average, square_average, gradient, elements, constants: 9 float32) */
+/* (vectors: master, average, square_average, gradient; elements, constants: 9 float32) */
 static PyObject *py_adamw(PyObject *self, PyObject *args) {
-    unsigned long long master, average, square, gradient;
     long long elements;
     const char *constants;
-    Py_ssize_t constants_bytes;
-    if (!PyArg_ParseTuple(args, "KKKKLy#", &master, &average, &square, &gradient, &elements, &constants,
-                          &constants_bytes))
-        return NULL;
-    if (constants_bytes != 9 * (Py_ssize_t)sizeof(float)) {
-        PyErr_Format(PyExc_ValueError, "%zd bytes of constants: must be 9 of float32", constants_bytes);
-        return NULL;
+    Py_ssize_t constants_bytes, count;
+    PyObject *list;
+    if (!PyArg_ParseTuple(args, "O!Ly#", &PyList_Type, &list, &elements, &constants, &constants_bytes)) return NULL;
+    char **found = addresses_of(list, &count);
+    if (!found) return NULL;
+    float **vectors = (float **)found;
+    int right = count == 4 && constants_bytes == 9 * (Py_ssize_t)sizeof(float);
+    if (right) {
+        Py_BEGIN_ALLOW_THREADS
+        adamw(vectors[0], vectors[1], vectors[2], vectors[3], elements, (const float *)constants);
+        Py_END_ALLOW_THREADS
     }
-    Py_BEGIN_ALLOW_THREADS
-    adamw((float *)(uintptr_t)master, (float *)(uintptr_t)average, (float *)(uintptr_t)square,
-          (const float *)(uintptr_t)gradient, elements, (const float *)constants);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    PyMem_Free(found);
+    if (right) Py_RETURN_NONE;
+    PyErr_Format(PyExc_ValueError, "%zd vectors and %zd bytes of constants: must be 4, and 9 of float32", count,
+                 constants_bytes);
+    return NULL;
 }
 
 /* (address, elements, bfloat16) -> whether no element is infinite or not a number */

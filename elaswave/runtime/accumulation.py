@@ -18,7 +18,7 @@ from elaswave.errors import InvariantError
 from elaswave.job import Job
 from elaswave.runtime.contribution import BlockGradient, whole
 from elaswave.runtime.host_memory import HostMemory, plain_memory
-from elaswave.runtime.kernels import KERNELS, Kernels, address, addresses
+from elaswave.runtime.kernels import KERNELS, PLAIN_SUM, Kernels, address, addresses
 
 PIECE_ELEMENTS: Final = 65536
 """Elements per pass: 1.3 MB of source, scratch and sum. Pieces of 8192 fit a level-2 cache of 512 KiB, but took 0.9 to
@@ -104,8 +104,8 @@ class Exact64Accumulation:
         if self._kernels is None:
             _enter_parts(accumulator, contribution, self._begin if first else self._add, first=first)
             return
-        bounds = float(self._rounder), self._bound
-        self._saturated += _enter_compiled(self._kernels, accumulator, contribution, first, bounds)
+        total, gradient = address(accumulator, torch.float64, contribution.elements), contribution.packed
+        self._saturated += self._kernels.accumulate(total, gradient, first, float(self._rounder), self._bound)
 
     def _begin(self, accumulator: Tensor, contribution: Tensor) -> None:
         total = accumulator.numpy()
@@ -181,7 +181,8 @@ class Float32Accumulation:
         if self._kernels is None:
             _enter_parts(accumulator, contribution, _begin_plain if first else Tensor.add_, first=first)
             return
-        _enter_compiled(self._kernels, accumulator, contribution, first, ())
+        total, gradient = address(accumulator, torch.float32, contribution.elements), contribution.packed
+        self._kernels.accumulate(total, gradient, first, 0.0, PLAIN_SUM)
 
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
         return _sum(parts)
@@ -209,20 +210,6 @@ def _enter_parts(
     for start, length, values in zip(spans.starts, spans.lengths, contribution.values, strict=True):
         if values is not None:
             enter(accumulator[start : start + length], values.reshape(-1))
-
-
-def _enter_compiled(
-    kernels: Kernels,
-    accumulator: Tensor,
-    contribution: BlockGradient,
-    first: bool,
-    bounds: tuple[()] | tuple[float, float],
-) -> int:
-    """`bounds`: rounder and bound of exact sums. Returns how many elements were replaced by the bound."""
-    dtype = contribution.dtype
-    total = address(accumulator, torch.float64 if bounds else torch.float32, contribution.elements)
-    where = total, contribution.elements, contribution.spans.packed
-    return kernels.accumulate(*where, contribution.values, dtype, dtype is torch.bfloat16, first, *bounds)
 
 
 def _check_lengths(accumulator: Tensor, contribution: BlockGradient) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elaswave.core.ids import BlockId
 from elaswave.core.parameters import BlockLayout, Placement
-from elaswave.runtime.kernels import KERNELS
+from elaswave.runtime.kernels import KERNELS, PackedGradient
 
 LARGE_ELEMENTS: Final = 65536
 """Without compiled kernels, gradients of parameters from here on are added up where they are. Smaller ones are gathered
@@ -40,6 +40,11 @@ class BlockGradient:
     spans: Spans
     values: tuple[Tensor | None, ...]
     dtype: torch.dtype
+
+    @property
+    def packed(self) -> PackedGradient:
+        """The same for kernels."""
+        return self.elements, self.spans.packed, self.values, self.dtype, self.dtype is torch.bfloat16
 
     def flat(self) -> Tensor:
         """All of it in one tensor of its own."""

@@ -11,37 +11,32 @@ from torch import Tensor
 
 from elaswave.errors import InvariantError
 
+PackedGradient = tuple[int, bytes, tuple[Tensor | None, ...], torch.dtype, bool]
+"""Elements of a block; its spans, pairs of int64, start and length, ascending; the values of each, or None for zeros;
+their type, and whether that is bfloat16, not float32."""
+
+PLAIN_SUM: Final = -1.0
+"""The bound of sums that are not exact."""
+
 
 class Kernels(Protocol):
     """What the compiled module offers; addresses are those of contiguous host memory that nobody else writes."""
 
-    def accumulate(  # noqa: PLR0917 - parsed in C, by position
-        self,
-        total: int,
-        elements: int,
-        spans: bytes,
-        values: tuple[Tensor | None, ...],
-        dtype: torch.dtype,
-        bfloat16: bool,
-        begin: bool,
-        rounder: float = ...,
-        bound: float = ...,
-        /,
-    ) -> int:
-        """Add parameters' gradients (None: zeros) to `total` at their `spans`, or begin it with them.
+    def accumulate(self, total: int, gradient: PackedGradient, first: bool, rounder: float, bound: float, /) -> int:
+        """Add a gradient to `total`, or where it is the first make the total hold just that.
 
-        Spans are pairs of int64, start and length, ascending. Values are of `dtype`, which is float32 or bfloat16.
-        `total` is float32, or with a `bound` float64: then elements are rounded by `rounder`, and those beyond the
-        bound replaced by it. Returns how many were. Raises ValueError where spans or values do not fit.
+        `bound` below 0: the total is float32. Else it is float64, elements are rounded by `rounder`, and those beyond
+        the bound replaced by it. Returns how many were. Raises ValueError where spans or values do not fit.
         """
 
     def mean(self, into: int, parts: list[int], elements: int, divisor: float, wide: bool, /) -> None:
         """Write the sum of the parts (float64 if `wide`, else float32) over `divisor` as float32."""
 
-    def adamw(  # noqa: PLR0917 - parsed in C, by position
-        self, master: int, average: int, square_average: int, gradient: int, elements: int, constants: bytes, /
-    ) -> None:
-        """One update by AdamW in place, all float32. `constants`: nine, in the order of the C function."""
+    def adamw(self, vectors: list[int], elements: int, constants: bytes, /) -> None:
+        """One update by AdamW in place: master values, averages, averages of squares, gradient, all float32.
+
+        `constants`: nine float32, in the order of the C function. Raises ValueError for other numbers of either.
+        """
 
     def finite(self, address: int, elements: int, bfloat16: bool, /) -> bool:
         """Whether none of these elements, float32 or bfloat16, is infinite or not a number."""

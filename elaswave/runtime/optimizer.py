@@ -108,7 +108,7 @@ class Updater:
         if self._kernels is not None and isinstance(self._optimizer, AdamW):
             vectors = addresses([state.master, *state.moments, gradient], torch.float32, state.elements)
             constants = np.array(_adamw_constants(self._optimizer, update), dtype=np.float32).tobytes()
-            self._kernels.adamw(*vectors, state.elements, constants)
+            self._kernels.adamw(vectors, state.elements, constants)
             return
         master, given = state.master.numpy(), gradient.numpy()
         moments = [moment.numpy() for moment in state.moments]

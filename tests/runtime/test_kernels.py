@@ -8,17 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics_harness import same_bits
+from numerics_harness import TIED, same_bits, small_job
 from torch import Tensor
 
 from elaswave.core.ids import Step
 from elaswave.core.shape import CHUNK_ELEMENTS
 from elaswave.errors import InvariantError
 from elaswave.job import AdamW
+from elaswave.runtime import contribution, hops
 from elaswave.runtime.accumulation import Accumulation, Exact64Accumulation, Float32Accumulation
 from elaswave.runtime.contribution import BlockGradient, Spans
-from elaswave.runtime.kernels import KERNELS, Kernels, addresses
+from elaswave.runtime.kernels import KERNELS, PLAIN_SUM, Kernels, addresses
 from elaswave.runtime.optimizer import Update, Updater
+from elaswave.runtime.reference import train_reference
 from elaswave.runtime.shards import initial_state
 
 compiled = pytest.mark.skipif(KERNELS is None, reason="the kernels are not compiled here")
@@ -46,6 +48,21 @@ def accumulations(kernels: Kernels | None) -> tuple[Accumulation, ...]:
 
 
 lengths = st.sampled_from([0, 1, 7, 64, 2047, 2048, 2049, 5000])
+
+
+@compiled
+@pytest.mark.parametrize("accumulation", ["exact64", "float32"])
+@pytest.mark.parametrize("parameter_dtype", ["float32", "bfloat16"])
+def test_a_training_ends_with_the_same_parameters(
+    accumulation: str, parameter_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = small_job(accumulation=accumulation, parameter_dtype=parameter_dtype, steps=3, tied=TIED, clip_norm=0.5)
+    expected = train_reference(job)
+    for module in (contribution, hops):
+        monkeypatch.setattr(module, "KERNELS", None)
+    for made in (Exact64Accumulation, Float32Accumulation, Updater):
+        monkeypatch.setitem(made.__init__.__kwdefaults__, "kernels", None)
+    assert train_reference(job) == expected
 
 
 @compiled
@@ -116,7 +133,7 @@ def test_spans_that_do_not_fit_are_refused(spans: list[tuple[int, int]]) -> None
     total = torch.zeros(4)
     packed, values = Spans(spans).packed, (total,) * len(spans)
     with pytest.raises(ValueError, match=r"span [01] overlaps"):
-        KERNELS.accumulate(total.data_ptr(), 4, packed, values, torch.float32, False, True)
+        KERNELS.accumulate(total.data_ptr(), (4, packed, values, torch.float32, False), True, 0.0, PLAIN_SUM)
     assert total.tolist() == [0.0] * 4
 
 
@@ -126,13 +143,14 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
     total = torch.zeros(4)
     packed = Spans([(0, 4)]).packed
     with pytest.raises(ValueError, match="2 values for 1 spans"):
-        KERNELS.accumulate(total.data_ptr(), 4, packed, (None, None), torch.float32, False, True)
+        KERNELS.accumulate(total.data_ptr(), (4, packed, (None, None), torch.float32, False), True, 0.0, PLAIN_SUM)
     with pytest.raises(ValueError, match="at least one part"):
         KERNELS.mean(total.data_ptr(), [], 4, 1.0, True)
-    with pytest.raises(ValueError, match="8 bytes of constants"):
-        KERNELS.adamw(*[total.data_ptr()] * 4, 4, b"12345678")
+    for vectors, constants in (([total.data_ptr()] * 4, bytes(8)), ([total.data_ptr()] * 3, bytes(36))):
+        with pytest.raises(ValueError, match="must be 4, and 9 of float32"):
+            KERNELS.adamw(vectors, 4, constants)
     for wrong in (torch.zeros(8)[::2], torch.zeros(3), torch.zeros(4, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"a kernel is given \d elements"):
-            KERNELS.accumulate(total.data_ptr(), 4, packed, (wrong,), torch.float32, False, True)
+            KERNELS.accumulate(total.data_ptr(), (4, packed, (wrong,), torch.float32, False), True, 0.0, PLAIN_SUM)
         with pytest.raises(InvariantError, match="a kernel is given"):
             addresses([wrong], torch.float32, 4)
