@@ -214,9 +214,9 @@ def encode_fact(fact: Fact) -> tuple[FrameKind, Writer]:
     to = Writer()
     match fact:
         case facts.Activation():
-            to.numbers(fact.step, fact.micro_batch, fact.cut)
-            _write_non_finite(to, fact.non_finite)
-            return FrameKind.ACTIVATION, to
+            found = fact.non_finite
+            origin = (0,) if found is None else (1, found.micro_batch, found.layer)
+            return FrameKind.ACTIVATION, to.numbers(fact.step, fact.micro_batch, fact.cut, *origin)
         case facts.Gradient():
             return FrameKind.GRADIENT, to.numbers(fact.step, fact.micro_batch, fact.cut)
         case facts.Partial():

@@ -130,7 +130,10 @@ class Executor:
         """Not before own work is due: making it takes a millisecond or more, in which what was taken over can begin."""
         if self._order_changed and self._table is not None:
             self._order_changed = False
-            self._program_of_table = make_schedule(self._table.routes).programs.get(self._protocol.me, ())
+            program = make_schedule(self._table.routes).programs.get(self._protocol.me, ())
+            if self._grant is None:  # transfers are in nobody's way where links buffer
+                program = tuple(found for found in program if found.kind in (Kind.FORWARD, Kind.BACKWARD))
+            self._program_of_table = program
             self._program, self._position = self._program_of_table, 0
 
     def ask_again(self) -> None:

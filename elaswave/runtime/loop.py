@@ -198,6 +198,9 @@ class TrainingLoop:
 
     def _handle_frame(self, frame: Received) -> None:
         reader = Reader(frame.meta)
+        if frame.kind <= FrameKind.STATE:
+            self._handle_fact(frame, reader)
+            return
         match frame.kind:
             case FrameKind.GRANT:
                 step, micro_batch, cut, backward = reader.numbers(4)

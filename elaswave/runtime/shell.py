@@ -214,8 +214,10 @@ class ProtocolShell:
             self.send_fact(effect.to, fact, payload, copy=copy, more=more)
 
     def _payload(self, effect: do.Send) -> tuple[Tensor | None, bool]:
-        """The tensor, and whether later work here changes its memory."""
+        """The tensor, and whether it has to be copied: later work here changes its memory, or peers cannot see it."""
         fact = effect.fact
+        if isinstance(fact, facts.Activation | facts.Gradient):
+            return cast("Tensor | None", effect.payload), True
         if isinstance(fact, facts.Partial):
             return self._partial(fact), False
         if isinstance(fact, facts.Parameters):
