@@ -32,7 +32,10 @@ from elaswave_agent.wire import (
     open_stream_channel,
 )
 
-BEAT_PERIOD_S: Final = 0.1
+BEATS_PER_SILENCE: Final = 6
+BEAT_PERIODS_S: Final = (0.1, 0.5)
+"""Shortest and longest. A beat and its answer cost a controller on a small machine a millisecond of work."""
+
 MAX_WAITING: Final = 200_000
 """Events kept for a controller that is away: about an hour of steps of 8 workers."""
 
@@ -175,10 +178,17 @@ class ControllerStream:
             self._on_order(decode_response(self._settings.node, response))
 
     async def _beat_while_open(self) -> None:
+        period_s = beat_period_s(self._settings.silence_s)
         while True:
             self._beats += 1
             self.send(encode_beat(self._beats))
-            await asyncio.sleep(BEAT_PERIOD_S)
+            await asyncio.sleep(period_s)
+
+
+def beat_period_s(silence_s: float) -> float:
+    """How often to beat for a controller that gives a node up after `silence_s`."""
+    shortest_s, longest_s = BEAT_PERIODS_S
+    return min(longest_s, max(shortest_s, silence_s / BEATS_PER_SILENCE))
 
 
 class _StreamEnded(Exception):
