@@ -16,7 +16,8 @@ from elaswave.certificates import files_from_environment
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.directory import Admission, Directory, Entry, RendezvousStore, own_entry, reaching_store
-from elaswave.comm.endpoint import Endpoint, EndpointOptions
+from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.endpoint_options import EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.neighbour_watch import NeighbourWatch
 from elaswave.comm.roster import FIRST, Roster, add, decode_roster, remove

@@ -119,7 +119,7 @@ class Group:
         flats = split(whole, lengths)
         flats[rank].copy_(given.detach().reshape(-1))
         small = whole.nbytes <= TREE_LIMIT_BYTES
-        collective = tree_all_gather(rank, whole, lengths) if small else grid_all_gather(rank, flats)
+        collective = tree_all_gather(rank, whole, lengths) if small else grid_all_gather(rank, flats, whole)
         return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)), result=whole)
 
     def broadcast(self, tensor: Tensor, root: int) -> Operation:
@@ -189,7 +189,7 @@ class Group:
         def end(ended: Operation) -> None:
             if ended.error is None:
                 for tensor, flat in written:
-                    if tensor.data_ptr() != flat.data_ptr():
+                    if tensor is not flat and tensor.data_ptr() != flat.data_ptr():
                         tensor.detach().copy_(flat.view(tensor.shape))
                 if finish is not None:
                     finish()
@@ -208,5 +208,7 @@ def _linked_reduce_scatter(rank: int, output: Tensor, inputs: Sequence[Tensor], 
 
 
 def flat_of(tensor: Tensor) -> Tensor:
-    """The elements one after the other: a view where that is possible, else a copy."""
+    """The elements one after the other: itself or a view where that is possible, else a copy."""
+    if type(tensor) is Tensor and tensor.dim() == 1 and tensor.is_contiguous() and not tensor.requires_grad:
+        return tensor
     return tensor.detach().contiguous().view(-1)

@@ -63,15 +63,18 @@ def grid_reduce_scatter(rank: int, whole: Tensor, lengths: Sequence[int], combin
         yield from direct_reduce_scatter(line.place, line.parts, combine, line.ranks)
 
 
-def grid_all_gather(rank: int, segments: Sequence[Tensor]) -> Collective:
-    """Every segment becomes that of the rank of its number."""
+def grid_all_gather(rank: int, segments: Sequence[Tensor], whole: Tensor | None = None) -> Collective:
+    """Every segment becomes that of the rank of its number. whole: of which they are the parts, one after the other."""
     lengths = [segment.numel() for segment in segments]
-    whole = whole_of(segments)
-    parts = split(whole, lengths)
-    _copy([segments[rank]], [parts[rank]])
+    parts: Sequence[Tensor] = segments
+    if whole is None:
+        whole = whole_of(segments)
+        parts = split(whole, lengths)
+        _copy([segments[rank]], [parts[rank]])
     for line in reversed(list(_lines(rank, whole, lengths))):
         yield from direct_all_gather(line.place, line.parts, line.ranks)
-    _copy(parts, segments)
+    if parts is not segments:
+        _copy(parts, segments)
 
 
 def _copy(given: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
@@ -84,7 +87,7 @@ def grid_all_reduce(rank: int, size: int, whole: Tensor, combine: Combine) -> Co
     """Every rank gets the combination over all ranks."""
     lengths = even_segments(whole.numel(), size)
     yield from grid_reduce_scatter(rank, whole, lengths, combine)
-    yield from grid_all_gather(rank, split(whole, lengths))
+    yield from grid_all_gather(rank, split(whole, lengths), whole)
 
 
 def halved_all_reduce(rank: int, size: int, whole: Tensor, combine: Combine) -> Collective:
