@@ -38,6 +38,10 @@ from elaswave.comm.sharing import Sharing
 TREE_LIMIT_BYTES = 256 << 10
 """Results up to this go through one tree, in the fewest frames."""
 
+GATHER_TREE_LIMIT_BYTES = 512 << 10
+"""The same for all-gathers, which send less on the way up. At 1 MB a grid takes the same time, and no rank sends more
+than its share."""
+
 _NOTHING = torch.empty(0)
 Finish = Callable[[], object]
 
@@ -118,7 +122,7 @@ class Group:
         whole = whole_of(outputs)
         flats = split(whole, lengths)
         flats[rank].copy_(given.detach().reshape(-1))
-        small = whole.nbytes <= TREE_LIMIT_BYTES
+        small = whole.nbytes <= GATHER_TREE_LIMIT_BYTES
         collective = tree_all_gather(rank, whole, lengths) if small else grid_all_gather(rank, flats, whole)
         return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)), result=whole)
 

@@ -16,23 +16,19 @@ from elaswave.comm.collectives.direct import direct_all_gather, direct_reduce_sc
 from elaswave.comm.collectives.reduction import Combine, even_segments, split, whole_of
 from elaswave.comm.collectives.tree import tree_all_reduce
 
-LONGEST = 4
-"""No longer dimension is made of shorter ones: one hop more costs as much as a few frames."""
-
 
 def dimensions_of(size: int) -> tuple[int, ...]:
-    """Lengths of the dimensions, of which the product is the number of ranks; a prime number has one."""
+    """Lengths of the dimensions, of which the product is the number of ranks: its prime factors.
+
+    The shorter the dimensions, the fewer the frames; one hop more costs less than the frames that it saves.
+    """
     found: list[int] = []
     length = 2
     while size > 1:
-        if size % length:
-            length += 1
-            continue
-        size //= length
-        if found and found[-1] * length <= LONGEST:
-            found[-1] *= length
-        else:
+        while size % length == 0:
+            size //= length
             found.append(length)
+        length += 1
     return tuple(found)
 
 
