@@ -234,7 +234,8 @@ class Endpoint:
             report = communicator.edit(epoch, remove, add, time.monotonic())
             self._mailboxes[communicator.identity].edited()
         self._settle()
-        self._inbox.put(Woken())  # what is awaited may have ended here, or be something else now
+        if self._driver != threading.get_ident():
+            self._inbox.put(Woken())  # what is awaited may have ended here, or be something else now
         return report
 
     def await_agreement(self, communicator: Communicator, deadline: float) -> None:

@@ -170,7 +170,7 @@ def test_a_closed_queue_tells_why() -> None:
 
 
 def test_a_payload_of_a_mebibyte_does_not_leave_a_rest_of_some_bytes_behind() -> None:
-    """That would wait till the I/O thread has its turns again, which is milliseconds after the last wait of a caller."""
+    """That would wait till the I/O thread has its turns again, milliseconds after the last wait of a caller."""
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
