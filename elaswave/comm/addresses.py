@@ -25,8 +25,11 @@ class LinkOptions:
     socket_buffer_bytes: int = 1 << 20
     """Send and receive buffer asked of the kernel, which doubles it and caps it by net.core.[rw]mem_max."""
 
-    direct_bytes: int = 1 << 20
-    """At most so much of a frame is written by the thread that calls `send`; the I/O thread writes the rest."""
+    direct_bytes: int = (1 << 20) + (4 << 10)
+    """At most so much of a frame is written by the thread that calls `send`; the I/O thread writes the rest.
+
+    A payload of 1 MiB goes with its header: a rest of some bytes would wait till the I/O thread has its turns again.
+    """
 
     queue_limit_bytes: int | None = None
     """Per peer: `send` raises LinkBacklog where more would wait. None: no limit beyond what the caller keeps."""

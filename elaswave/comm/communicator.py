@@ -1,10 +1,12 @@
 """Communicator: ordered members, an epoch, and a queue of operations; edited in place."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from elaswave.comm.collectives.agreement import Standing, agree, hand_over
@@ -73,8 +75,13 @@ class Communicator:
         agree_s: float,
         missed: Missed | None = None,
         watch: Watch | None = None,
+        watched: Set[WorkerId] = frozenset(),
+        finished: list[Operation] | None = None,
     ) -> None:
-        """identity: the same on all members, different for other communicators. agree_s: seconds for an agreement."""
+        """identity: the same on all members, different for other communicators. agree_s: seconds for an agreement.
+
+        watched: of whom `watch` needs not be told. finished: where what has ended is put; None: a list of its own.
+        """
         self.name = name
         self.identity = identity
         self.me = me
@@ -93,6 +100,7 @@ class Communicator:
         self._transmit = transmit
         self._missed = missed
         self._watch = watch
+        self._watched = watched
         self._departed: set[WorkerId] = set()
         self._agree_s = agree_s
         self._queue: deque[Operation] = deque()
@@ -101,10 +109,10 @@ class Communicator:
         self._next = 1
         self._joined = False
         self._kept = KeptResult()
-        self._arrived: dict[tuple[int, int, WorkerId], deque[Tensor]] = {}
+        self._arrived: dict[tuple[int, int, WorkerId], deque[NDArray[np.uint8]]] = {}
         self.sends_kept = False
         """The operation that sends now is not acknowledged: it may end before what it has sent has left."""
-        self.finished: list[Operation] = []
+        self.finished: list[Operation] = finished if finished is not None else []
         """Ended since the endpoint looked last; it calls their callbacks."""
 
     @property
@@ -163,31 +171,40 @@ class Communicator:
         operation.number = self._next
         self._next += 1
 
-    def receive(self, peer: WorkerId, epoch: int, number: int, payload: Tensor) -> None:
+    def receive(self, peer: WorkerId, epoch: int, number: int, payload: NDArray[np.uint8]) -> None:
         """A frame of an operation. Of an older epoch it is dropped, of a newer one it waits for the edit.
 
         Raises ProtocolError for what no member can have sent. Of a length that the operation here does not expect, it
         is the user's error: the operation fails with it, and nobody is taken for lost.
         """
-        if epoch < self.epoch:
+        if epoch == self.epoch:
+            current = self._current()
+            awaited = current.awaited if current is not None and current.number == number else None
+            if current is not None and isinstance(awaited, Receive) and self.members[awaited.rank] == peer:
+                try:
+                    self._advance(current, self._read(payload, number, awaited))
+                except ProtocolError as error:
+                    self.fail(error)
+                return
+        elif epoch < self.epoch:
             self.stale_frames += 1
             return
-        if epoch > self.epoch + EPOCHS_AHEAD:
+        elif epoch > self.epoch + EPOCHS_AHEAD:
             raise ProtocolError(f"worker {peer} sent a frame of epoch {epoch}; {self.name} is at {self.epoch}")
-        current = self._current() if epoch == self.epoch else None
-        awaited = current.awaited if current is not None and current.number == number else None
-        if current is None or not isinstance(awaited, Receive) or self.members[awaited.rank] != peer:
-            self._arrived.setdefault((epoch, number, peer), deque()).append(payload)
-            return
-        try:
-            self._advance(current, self._read(payload, number, awaited))
-        except ProtocolError as error:
-            self.fail(error)
+        self._arrived.setdefault((epoch, number, peer), deque()).append(payload)
 
     def _current(self) -> Operation | None:
         if self._agreement is not None:
             return self._agreement
         return self._queue[0] if self._queue and not self.broken else None
+
+    def outlook(self) -> tuple[float, Await | None] | None:
+        """When something has to be expired, and what is awaited in memory; None: nothing is under way."""
+        if self._agreement is None and not self._queue:
+            return None
+        if self._agreement is None and len(self._queue) == 1:
+            return self._queue[0].deadline, self.awaited_memory()
+        return min(map(_deadline_of, self._due())), self.awaited_memory()
 
     def awaited_memory(self) -> Await | None:
         """What the current operation waits for in memory: nobody sends a message of it."""
@@ -210,16 +227,16 @@ class Communicator:
             del self._arrived[key]
         return self._read(payload, number, awaited)
 
-    def _read(self, payload: Tensor, number: int, awaited: Receive) -> Tensor:
+    def _read(self, payload: NDArray[np.uint8], number: int, awaited: Receive) -> Tensor:
         like = awaited.like
         expected = like.nbytes
-        if payload.numel() != expected:
+        if payload.size != expected:
             raise ProtocolError(
-                f"worker {self.members[awaited.rank]} sent {payload.numel()} bytes in operation {number} of "
+                f"worker {self.members[awaited.rank]} sent {payload.size} bytes in operation {number} of "
                 f"{self.name}; this rank expects {expected}: all ranks must call the same operations with the same "
                 "shapes"
             )
-        return payload.view(like.dtype) if expected else torch.empty(0, dtype=like.dtype)
+        return torch.frombuffer(payload, dtype=like.dtype) if expected else torch.empty(0, dtype=like.dtype)
 
     def _advance(self, operation: Operation, answer: Tensor | None) -> None:
         """Run the operation, and those behind it, until one waits for something that is not here, or fails."""
@@ -233,11 +250,17 @@ class Communicator:
         """Run one operation as far as it goes; whether it has ended well."""
         operation.awaited = None
         self.sends_kept = operation.keep or operation.number == AGREEMENT
+        go_on = operation.collective.send
         try:
             while True:
-                command = operation.collective.send(NO_ANSWER if answer is None else answer)
+                command = go_on(NO_ANSWER if answer is None else answer)
                 answer = None
                 match command:
+                    case Receive():
+                        answer = self._take(operation.number, command) if self._arrived else None
+                        if answer is None:
+                            self._await(operation, command)
+                            return False
                     case Send():
                         self._transmit(self.members[command.rank], self, operation.number, command.tensor)
                     case Placed():
@@ -245,18 +268,9 @@ class Communicator:
                             operation.placed.append(command)
                     case Held():
                         operation.held = True
-                    case Receive():
-                        answer = self._take(operation.number, command)
-                        if answer is None:
-                            operation.awaited = command
-                            if self._watch is not None:
-                                self._watch(self.members[command.rank])
-                            self._check_departed(operation)
-                            return False
                     case Await():
                         if not command.is_ready():
-                            operation.awaited = command
-                            self._check_departed(operation)
+                            self._await(operation, command)
                             return False
         except StopIteration:
             return True
@@ -266,6 +280,14 @@ class Communicator:
         except Exception as error:  # of torch; whoever happens to drive has nothing to do with it
             self.fail(_refused(operation, self.name, error))
             return False
+
+    def _await(self, operation: Operation, command: Receive | Await) -> None:
+        operation.awaited = command
+        member = self.members[command.rank]
+        if member not in self._watched and self._watch is not None and isinstance(command, Receive):
+            self._watch(member)
+        if self._departed:
+            self._check_departed(operation)
 
     def depart(self, member: WorkerId) -> None:
         """It has left in order, and all that it had sent is here: it is missed only where more of it is awaited.
@@ -334,7 +356,7 @@ class Communicator:
 
     def expire(self, now: float) -> None:
         """Fail what has waited beyond its deadline, and with it all that is under way."""
-        late = self._first_due()
+        late = min(self._due(), key=_deadline_of, default=None)  # not always the oldest: timeouts differ
         if late is None or now < late.deadline:
             return
         current = self._current()
@@ -343,17 +365,12 @@ class Communicator:
         whom = "an edit" if awaited is None else f"rank {awaited.rank} (worker {member})"
         self.fail(DeadlineExceeded(f"{late.name} of {self.name}: its timeout ended while it waited for {whom}"))
 
-    def earliest_deadline(self) -> float | None:
-        """When something has to be expired."""
-        first = self._first_due()
-        return None if first is None else first.deadline
-
-    def _first_due(self) -> Operation | None:
-        """Not always the oldest: timeouts differ. What an edit has broken off has none but the agreement's."""
+    def _due(self) -> Iterable[Operation]:
+        """What has a deadline: what an edit has broken off has none but the agreement's."""
         if self._agreement is None:
-            return min(self._queue, key=_deadline_of, default=None)
+            return self._queue
         fresh = (operation for operation in self._queue if operation.number == _UNNUMBERED)
-        return min((self._agreement, *fresh), key=_deadline_of)
+        return (self._agreement, *fresh)
 
     # ------------------------------------------------------------------ edits
 

@@ -6,14 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
 from torch import Tensor
 
-from elaswave.comm.addresses import LinkOptions
+from elaswave.comm.collectives.commands import Await
 from elaswave.comm.communicator import Communicator, EditReport
+from elaswave.comm.endpoint_options import EndpointOptions
 from elaswave.comm.inbox import ConnectionRefused, LinkItem, LinksFailed, PeerClosed, Received
 from elaswave.comm.links import Links
 from elaswave.comm.mailbox import Awaited, Mailbox
@@ -33,21 +33,15 @@ LATE_STORE_LIMIT = 4096
 """Frames kept for communicators that this process has not made yet. Over it the oldest go: those that never made one
 will claim, such as the last words of a group that was destroyed here first."""
 
+LARGE_BYTES = 1 << 20
+"""While payloads from here on are worked on, the links' own thread may go on: that takes longer than a change of it."""
+
 OnLost = Callable[[PeerClosed], None]
 OnNotice = Callable[[WorkerId, bytes], None]
 
 
 class Woken:
     """Put into the inbox to end a wait."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointOptions:
-    """What can be set."""
-
-    payload_limit_bytes: int = 1 << 32
-    agree_s: float = 30.0
-    links: LinkOptions | None = None
 
 
 class Endpoint:
@@ -82,6 +76,7 @@ class Endpoint:
         self._driving = threading.Lock()  # held by who waits on the inbox
         self._driver = 0  # its thread
         self._until = 0.0  # then it looks at deadlines again
+        self._ended: list[Operation] = []  # not settled yet
         self._calls: deque[tuple[Callback, Operation]] = deque()  # of what has ended
         self._changed = threading.Condition()
         self._sleepers = 0  # threads that wait for a change, or are about to
@@ -182,6 +177,8 @@ class Endpoint:
                 agree_s=self._options.agree_s,
                 missed=self._missed,
                 watch=self._watch,
+                watched=self._watched,
+                finished=self._ended,
             )
             self._communicators[identity] = found
             self._mailboxes[identity] = Mailbox(found)
@@ -237,7 +234,8 @@ class Endpoint:
             report = communicator.edit(epoch, remove, add, time.monotonic())
             self._mailboxes[communicator.identity].edited()
         self._settle()
-        self._inbox.put(Woken())  # what is awaited may have ended here, or be something else now
+        if self._driver != threading.get_ident():
+            self._inbox.put(Woken())  # what is awaited may have ended here, or be something else now
         return report
 
     def await_agreement(self, communicator: Communicator, deadline: float) -> None:
@@ -278,8 +276,10 @@ class Endpoint:
         with self._state:
             communicator.submit(operation)
             # Who drives may sleep until a message comes, and of an operation in memory none ever does.
-            unheard = communicator.awaited_memory() is not None or operation.deadline < self._until
-        if unheard and self._driving.locked():
+            unheard = self._driving.locked() and (
+                communicator.awaited_memory() is not None or operation.deadline < self._until
+            )
+        if unheard:
             self._inbox.put(Woken())
         self._settle()
 
@@ -328,7 +328,9 @@ class Endpoint:
                 )
                 self._inbox.put(Woken())
                 return
-        self._send(member, MESSAGE, meta, tensor, copy=True)
+        payload = tensor.view(torch.uint8).numpy() if tensor.numel() else None
+        with suppress(LinkClosed):  # see `_transmit`
+            self._links.send(member, MESSAGE, meta, payload, copy=True)
 
     def expect(self, communicator: Communicator, rank: int | None, tag: int) -> Awaited:
         """Begin to wait for a message from a rank (None: any)."""
@@ -372,13 +374,10 @@ class Endpoint:
 
     def _transmit(self, member: WorkerId, communicator: Communicator, number: int, tensor: Tensor) -> None:
         meta = _OPERATION_META.pack(communicator.identity, communicator.epoch, number)
-        self._send(member, OPERATION, meta, tensor, copy=communicator.sends_kept)
-
-    def _send(self, member: WorkerId, kind: int, meta: bytes, tensor: Tensor, *, copy: bool) -> None:
         payload = tensor.view(torch.uint8).numpy() if tensor.numel() else None
         # A member that was forgotten is about to be removed from the communicator: nothing is lost by not sending.
         try:
-            self._links.send(member, kind, meta, payload, copy=copy)
+            self._links.send(member, OPERATION, meta, payload, copy=communicator.sends_kept)
         except LinkClosed:
             return
 
@@ -387,12 +386,14 @@ class Endpoint:
     def drive(self, is_done: Callable[[], bool], deadline: float, what: str) -> None:
         """Run everything until `is_done()`. Raises DeadlineExceeded, and what the links failed with."""
         while not is_done():
-            self._check(deadline, what)
+            now = time.monotonic()
+            self._check(now, deadline, what)
             if self._take_seat():
                 try:
                     while not is_done() and not self._calls:
-                        self._check(deadline, what)
-                        self._turn(deadline)
+                        if now >= deadline or self._failure is not None:
+                            self._check(now, deadline, what)
+                        now = self._turn(deadline)
                 finally:
                     self._leave_seat()
             else:
@@ -407,6 +408,7 @@ class Endpoint:
 
     def _leave_seat(self) -> None:
         """Somebody else may drive. Calls the callbacks of what has ended."""
+        self._inbox.leave()
         self._driver = 0
         self._driving.release()
         self._wake_sleepers()
@@ -428,58 +430,67 @@ class Endpoint:
             with self._changed:
                 self._changed.notify_all()
 
-    def _check(self, deadline: float, what: str) -> None:
+    def _check(self, now: float, deadline: float, what: str) -> None:
         if self._failure is not None:
             raise self._failure
-        if time.monotonic() >= deadline:
+        if now >= deadline:
             raise DeadlineExceeded(f"the timeout ended while {what} was awaited")
 
-    def _turn(self, deadline: float) -> None:
-        """Wait for something and handle it. This thread has the seat."""
+    def _turn(self, deadline: float) -> float:
+        """Wait for something and handle it; returns the time. This thread has the seat."""
+        until, awaited = deadline, list[Await]()
         with self._state:
-            busy = [found for found in self._communicators.values() if not found.idle]
-            limits = [limit for found in busy if (limit := found.earliest_deadline()) is not None]
-            awaited = [memory for found in busy if (memory := found.awaited_memory()) is not None]
-            until = self._until = min([deadline, *limits])
+            for found in self._communicators.values():
+                outlook = found.outlook()
+                if outlook is not None:
+                    until = min(until, outlook[0])
+                    if outlook[1] is not None:
+                        awaited.append(outlook[1])
+            self._until = until
         if awaited:
             # Frames come in by the links' own thread meanwhile; among them the news that ends this wait for good.
             self._inbox.wait_with(awaited, until)
         else:
-            self._inbox.wait(until)
+            self._inbox.wait(until, stay=True)
         items = self._inbox.take_all()
-        with self._state:
-            for item in items:
-                self._take(item)
-            if awaited:
-                for communicator in self._communicators.values():
-                    communicator.look()
-            now = time.monotonic()
-            if now >= until:
-                for communicator in self._communicators.values():
-                    communicator.expire(now)
+        news = self._take(items) if items else []
+        now = time.monotonic()
+        if awaited or now >= until:
+            with self._state:
+                for found in self._communicators.values():
+                    found.look()
+                    found.expire(now)
         if items:
             self._wake_sleepers()  # what another thread waits for need not be an operation
-        try:
-            for item in items:
-                self._tell(item)
-        except ElasWaveError as error:
-            self._fail_all(error)
-            raise
+        if news:
+            self._inbox.leave()  # who is told may wait for others
+            try:
+                for item in news:
+                    self._tell(item)
+            except ElasWaveError as error:
+                self._fail_all(error)
+                raise
         self._settle()
+        return now
 
-    def _take(self, item: LinkItem | Woken) -> None:
-        match item:
-            case Received():
-                if item.kind != NOTICE:
+    def _take(self, items: list[LinkItem | Woken]) -> list[LinkItem | Woken]:
+        """Handle frames of communicators; returns all else."""
+        news: list[LinkItem | Woken] = []
+        with self._state:
+            for item in items:
+                if isinstance(item, Received) and item.kind != NOTICE:
+                    if item.payload.size >= LARGE_BYTES:
+                        self._inbox.leave()
                     self._take_frame(item)
-            case LinksFailed():
-                self._failure = item.error
-            case _:
-                pass
+                elif not isinstance(item, Woken):
+                    news.append(item)
+        return news
 
     def _tell(self, item: LinkItem | Woken) -> None:
         """What others have to know, without the lock."""
         match item:
+            case LinksFailed():
+                self._failure = item.error
             case Received(kind=kind) if kind == NOTICE:
                 try:
                     self._on_notice(item.peer, item.payload.tobytes())
@@ -494,19 +505,21 @@ class Endpoint:
 
     def _take_frame(self, frame: Received) -> None:
         try:
-            identity = int.from_bytes(frame.meta[:8], "little")
-            if identity not in self._communicators:
-                self._late.append(frame)
-                return
-            payload = torch.from_numpy(frame.payload)
             if frame.kind == OPERATION:
                 identity, epoch, number = _OPERATION_META.unpack(frame.meta)
-                self._communicators[identity].receive(frame.peer, epoch, number, payload)
+                communicator = self._communicators.get(identity)
+                if communicator is not None:
+                    communicator.receive(frame.peer, epoch, number, frame.payload)
+                    return
             elif frame.kind == MESSAGE:
                 identity, epoch, tag = _MESSAGE_META.unpack(frame.meta)
-                self._mailboxes[identity].arrived(frame.peer, epoch, tag, payload)
+                mailbox = self._mailboxes.get(identity)
+                if mailbox is not None:
+                    mailbox.arrived(frame.peer, epoch, tag, torch.from_numpy(frame.payload))
+                    return
             else:
                 raise ProtocolError(f"worker {frame.peer} sent a frame of unknown kind {frame.kind}")
+            self._late.append(frame)
         except (struct.error, ProtocolError) as error:
             self._malformed(frame.peer, error)
 
@@ -516,16 +529,13 @@ class Endpoint:
 
     def _settle(self) -> None:
         """Tell whoever waits for operations that have ended."""
-        ended = False
-        with self._state:
-            for communicator in self._communicators.values():
-                for operation in communicator.finished:
-                    ended = True
-                    self._calls.extend((callback, operation) for callback in operation.callbacks)
-                communicator.finished.clear()
-        if ended:
+        if self._ended:
+            with self._state:
+                for operation in self._ended:
+                    self._calls.extend([(callback, operation) for callback in operation.callbacks])
+                self._ended.clear()
             self._wake_sleepers()
-        if self._driver != threading.get_ident():
+        if self._calls and self._driver != threading.get_ident():
             self._call()
 
     def _call(self) -> None:

@@ -16,7 +16,8 @@ from elaswave.certificates import files_from_environment
 from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.communicator import Communicator
 from elaswave.comm.directory import Admission, Directory, Entry, RendezvousStore, own_entry, reaching_store
-from elaswave.comm.endpoint import Endpoint, EndpointOptions
+from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.endpoint_options import EndpointOptions
 from elaswave.comm.inbox import PeerClosed
 from elaswave.comm.neighbour_watch import NeighbourWatch
 from elaswave.comm.roster import FIRST, Roster, add, decode_roster, remove
@@ -252,6 +253,8 @@ class Fabric:
         if self._watch is not None:
             self._watch.close()
         self.endpoint.close(CLOSE_S)
+        for worker, _ in self._roster.removed:
+            self._clean_up_after(worker)  # who had to do so at once may have been lost itself
         rmtree(self._folder, ignore_errors=True)
 
     # ------------------------------------------------------------------ losses
@@ -356,17 +359,17 @@ class Fabric:
                 return
             with reaching_store():
                 roster = remove(self._directory.store, self._roster, peers, by=self.me)
-            self._adopt(roster)
-        if roster.writer != self.me:
             # Many notice a loss at once: if all told all, most of the news, and of the links that are dialled for it,
             # would be for nothing. Should the writer be lost before it has told, then who notices that tells of both.
-            return
-        self._tell(roster)
+            if roster.writer == self.me:
+                self._tell(roster)  # first: all others go on with what is for nothing until they know
+            self._adopt(roster)
 
     def _tell(self, roster: Roster) -> None:
         # Not to those that have left: they need no news, and a dial that fails would make a loss of their end.
+        content = roster.encode().encode()
         for worker in self._entries.keys() - dict(roster.removed).keys() - self._departed - {self.me}:
-            self.endpoint.notify(worker, roster.encode().encode())
+            self.endpoint.notify(worker, content)
 
     def _noticed(self, peer: WorkerId, content: bytes) -> None:
         roster = decode_roster(content)
@@ -386,7 +389,8 @@ class Fabric:
             self._meet(self._directory.entries(new - gone))
         for worker in gone:
             self.endpoint.forget(worker)
-            self._clean_up_after(worker)
+            if roster.writer == self.me:
+                self._clean_up_after(worker)
         for communicator, origin in tuple(self._origins.items()):
             self._apply(communicator, origin)
         for communicator, retired in self._retired.items():

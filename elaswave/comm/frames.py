@@ -15,6 +15,7 @@ A frame is a header of 24 bytes, little-endian, then `meta_bytes` bytes of meta,
 import struct
 import zlib
 from collections.abc import Callable
+from ctypes import addressof, c_char
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +90,7 @@ def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
 
 def aligned(block: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
     """The first `nbytes` bytes of a longer block that start at a multiple of 64."""
-    start = -int(block.ctypes.data) % ALIGNMENT_BYTES
+    start = -addressof(c_char.from_buffer(block.data)) % ALIGNMENT_BYTES
     return block[start : start + nbytes]
 
 
@@ -116,12 +117,13 @@ class FrameReader:
         self._limit = payload_limit_bytes
         self._deliver = deliver
         self._borrow = borrow
-        self._reserve = reserve
+        self._reserve = reserve if reserve is not None else aligned_buffer
         self._staging = memoryview(bytearray(STAGING_BYTES))
         self._start = 0
         self._end = 0  # bytes received and not yet used are staging[start:end]
         self._needed = HEADER_BYTES  # from start on, to get any further
-        self._in_body = False  # the header of the frame under way is checked; the next three are from it
+        self._in_body = False  # the header of the frame under way is checked; the next four are from it
+        self._flags = 0
         self._kind = 0
         self._meta_bytes = 0
         self._payload_bytes = 0
@@ -130,9 +132,7 @@ class FrameReader:
         self._rest: memoryview | None = None  # part of the payload that is still to come
         self._sequence = 0
         self._goodbye = False
-        self._shared = False
         self._must_check = checksums
-        self._checked = False
         self._head = b""
 
     @property
@@ -158,8 +158,9 @@ class FrameReader:
         frames before it are delivered.
         """
         if self._rest is not None:
-            self._rest = self._rest[count:]
-            if len(self._rest) == 0:
+            if count < len(self._rest):
+                self._rest = self._rest[count:]
+            else:
                 self._finish()
             return
         self._end += count
@@ -171,7 +172,29 @@ class FrameReader:
         self._compact()
 
     def _open(self) -> None:
-        magic, kind, flags, meta_bytes, sequence, payload_bytes = HEADER.unpack_from(self._staging, self._start)
+        header = HEADER.unpack_from(self._staging, self._start)
+        magic, kind, flags, meta_bytes, sequence, payload_bytes = header
+        if (
+            flags
+            or magic != MAGIC
+            or sequence != self._sequence
+            or meta_bytes > META_LIMIT_BYTES
+            or payload_bytes > self._limit
+            or self._goodbye
+            or self._must_check
+        ):
+            self._inspect(header)
+        self._sequence = (sequence + 1) % SEQUENCE_LIMIT
+        if self._goodbye:
+            self._start += HEADER_BYTES
+            return
+        self._flags, self._kind, self._meta_bytes, self._payload_bytes = flags, kind, meta_bytes, payload_bytes
+        self._needed = HEADER_BYTES + meta_bytes
+        self._in_body = True
+
+    def _inspect(self, header: tuple[int, ...]) -> None:
+        """Everything that can be wrong with a header, and what is not as in most of them."""
+        magic, kind, flags, meta_bytes, sequence, payload_bytes = header
         if magic != MAGIC:
             raise ProtocolError(f"frame {self._sequence} starts with {magic:#010x}, not with {MAGIC:#010x}")
         if self._goodbye:
@@ -182,72 +205,65 @@ class FrameReader:
         if rest not in (0, GOODBYE) and not (rest == SHARED and self._borrow is not None):
             raise ProtocolError(f"frame {sequence} of kind {kind} has unknown flags {flags:#06x}")
         self._goodbye = rest == GOODBYE
-        self._shared = rest == SHARED
         self._take_checking(flags, kind, sequence, meta_bytes)
-        check_frame(kind, meta_bytes - (CHECKSUM.size if self._checked else 0), payload_bytes, self._limit)
+        check_frame(kind, meta_bytes - (CHECKSUM.size if flags & CHECKED else 0), payload_bytes, self._limit)
         if self._goodbye and meta_bytes + payload_bytes:
             raise ProtocolError(f"good-bye with {meta_bytes} bytes of meta and {payload_bytes} of payload, not none")
-        self._sequence = (self._sequence + 1) % SEQUENCE_LIMIT
-        if self._goodbye:
-            self._start += HEADER_BYTES
-            return
-        self._kind, self._meta_bytes, self._payload_bytes = kind, meta_bytes, payload_bytes
-        self._needed = HEADER_BYTES + meta_bytes
-        self._in_body = True
 
     def _take_checking(self, flags: int, kind: int, sequence: int, meta_bytes: int) -> None:
-        self._checked = bool(flags & CHECKED)
-        if self._checked and meta_bytes < CHECKSUM.size:
+        checked = bool(flags & CHECKED)
+        if checked and meta_bytes < CHECKSUM.size:
             raise ProtocolError(f"frame {sequence} of kind {kind} has {meta_bytes} bytes of meta: no checksum fits in")
-        if self._must_check and not self._checked and not self._goodbye:
+        if self._must_check and not checked and not self._goodbye:
             raise ProtocolError(
                 f"frame {sequence} of kind {kind} has no checksum: set LinkOptions.checksums on all workers, or on none"
             )
 
     def _fill(self) -> None:
         """Take the meta, and the part of the payload that is here."""
+        staging, nbytes = self._staging, self._payload_bytes
         meta_at = self._start + HEADER_BYTES
         payload_at = meta_at + self._meta_bytes
-        self._head = bytes(self._staging[self._start : meta_at])
-        self._meta = bytes(self._staging[meta_at:payload_at])
+        if self._flags:
+            self._head = bytes(staging[self._start : meta_at])
+        self._meta = bytes(staging[meta_at:payload_at])
         self._start = payload_at
         self._needed = HEADER_BYTES
         self._in_body = False
-        if self._payload_bytes:
-            self._begin_payload(payload_at)
+        if not nbytes:
+            self._finish()
             return
-        self._check(NO_PAYLOAD)
-        if self._shared:
-            raise ProtocolError(f"frame of kind {self._kind} says that its payload is shared, not where")
-        else:
-            self._deliver(self._kind, self._meta, NO_PAYLOAD)
-
-    def _begin_payload(self, payload_at: int) -> None:
-        here = min(self._payload_bytes, self._end - payload_at)
         try:
-            reserve = self._reserve or aligned_buffer
-            self._payload = reserve(self._payload_bytes)
+            self._payload = self._reserve(nbytes)
         except MemoryError as error:
-            raise LinkClosed(f"no memory for a payload of {self._payload_bytes} bytes; the link is closed") from error
+            raise LinkClosed(f"no memory for a payload of {nbytes} bytes; the link is closed") from error
+        here = min(nbytes, self._end - payload_at)
         view = self._payload.data
-        view[:here] = self._staging[payload_at : payload_at + here]
+        view[:here] = staging[payload_at : payload_at + here]
         self._start = payload_at + here
-        if here < self._payload_bytes:
+        if here < nbytes:
             self._rest = view[here:]
         else:
             self._finish()
 
     def _finish(self) -> None:
         payload, self._payload, self._rest = self._payload, NO_PAYLOAD, None
-        self._check(payload)
-        if self._shared and self._borrow is not None:
-            payload = self._borrow(payload.tobytes(), self._limit)
+        if self._flags:
+            payload = self._resolve(payload)
         self._deliver(self._kind, self._meta, payload)
 
+    def _resolve(self, payload: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Check the frame under way as its flags say, and find its real payload."""
+        if self._flags & CHECKED:
+            self._check(payload)
+        if not self._flags & SHARED or self._borrow is None:
+            return payload
+        if not payload.size:
+            raise ProtocolError(f"frame of kind {self._kind} says that its payload is shared, not where")
+        return self._borrow(payload.tobytes(), self._limit)
+
     def _check(self, payload: NDArray[np.uint8]) -> None:
-        """Compare the checksum, if there is one, and cut it off the meta."""
-        if not self._checked:
-            return
+        """Compare the checksum, and cut it off the meta."""
         end = len(self._meta) - CHECKSUM.size
         (given,) = CHECKSUM.unpack_from(self._meta, end)
         self._meta = self._meta[:end]
@@ -261,10 +277,13 @@ class FrameReader:
     def _compact(self) -> None:
         """Move what is left to the front, and make room if the frame's meta needs more than the staging has."""
         left = self._end - self._start
+        if not left:
+            self._start = self._end = 0
+            return
         if self._needed > len(self._staging):
             larger = memoryview(bytearray(self._needed))
             larger[:left] = self._staging[self._start : self._end]
             self._staging = larger
-        elif left and self._start:
+        elif self._start:
             self._staging[:left] = self._staging[self._start : self._end]
         self._start, self._end = 0, left

@@ -38,6 +38,10 @@ from elaswave.comm.sharing import Sharing
 TREE_LIMIT_BYTES = 256 << 10
 """Results up to this go through one tree, in the fewest frames."""
 
+GATHER_TREE_LIMIT_BYTES = 512 << 10
+"""The same for all-gathers, which send less on the way up. At 1 MB a grid takes the same time, and no rank sends more
+than its share."""
+
 _NOTHING = torch.empty(0)
 Finish = Callable[[], object]
 
@@ -118,8 +122,8 @@ class Group:
         whole = whole_of(outputs)
         flats = split(whole, lengths)
         flats[rank].copy_(given.detach().reshape(-1))
-        small = whole.nbytes <= TREE_LIMIT_BYTES
-        collective = tree_all_gather(rank, whole, lengths) if small else grid_all_gather(rank, flats)
+        small = whole.nbytes <= GATHER_TREE_LIMIT_BYTES
+        collective = tree_all_gather(rank, whole, lengths) if small else grid_all_gather(rank, flats, whole)
         return self._start("all_gather", collective, list(zip(outputs, flats, strict=True)), result=whole)
 
     def broadcast(self, tensor: Tensor, root: int) -> Operation:
@@ -189,7 +193,7 @@ class Group:
         def end(ended: Operation) -> None:
             if ended.error is None:
                 for tensor, flat in written:
-                    if tensor.data_ptr() != flat.data_ptr():
+                    if tensor is not flat and tensor.data_ptr() != flat.data_ptr():
                         tensor.detach().copy_(flat.view(tensor.shape))
                 if finish is not None:
                     finish()
@@ -208,5 +212,7 @@ def _linked_reduce_scatter(rank: int, output: Tensor, inputs: Sequence[Tensor], 
 
 
 def flat_of(tensor: Tensor) -> Tensor:
-    """The elements one after the other: a view where that is possible, else a copy."""
+    """The elements one after the other: itself or a view where that is possible, else a copy."""
+    if type(tensor) is Tensor and tensor.dim() == 1 and tensor.is_contiguous() and not tensor.requires_grad:
+        return tensor
     return tensor.detach().contiguous().view(-1)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ from elaswave.errors import InvariantError, PeerError
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
+class Received(NamedTuple):
     """One frame from `peer`.
 
     payload: uint8, one-dimensional, starts at a multiple of 64 bytes, owned by whoever holds it and writable;
@@ -99,18 +98,21 @@ class Inbox(Generic[Item]):
         self._queue: SimpleQueue[Item] = SimpleQueue()
         self._first: list[Item] = []  # what wait() had to take out to see it, and what was put back
         self._driver: Driver | None = None
-        self._asleep = False  # the consumer waits in a turn of the driver: wake that
+        self._leads = False  # the consumer has the driver's turns
+        self._asleep = False  # the consumer waits for something that `_wake` ends
+        self._wake: Callable[[], None] = _nobody
 
     def attach(self, driver: Driver) -> None:
         """Have `wait` run `driver` meanwhile, which saves a change of thread for each message. Consumer thread only."""
         self._driver = driver
+        self._wake = driver.wake
 
     def put(self, item: Item, /) -> None:
         """Append `item` and wake the consumer; never blocks."""
         self._queue.put(item)
         # wait() sets _asleep before it looks at the queue for the last time, so one of both sees the other.
-        if self._asleep and self._driver is not None:
-            self._driver.wake()
+        if self._asleep:
+            self._wake()
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Put items that were taken before all others again, in their order. Consumer thread only."""
@@ -127,24 +129,38 @@ class Inbox(Generic[Item]):
         if not count and not self._first:
             return []
         items, self._first = self._first, []
-        items.extend(self._queue.get_nowait() for _ in range(count))
+        items.extend([self._queue.get_nowait() for _ in range(count)])
         return items
 
     def poll(self) -> None:
         """Put in what the driver can bring without waiting. Consumer thread only."""
-        if self._driver is not None and self._driver.lead():
-            self._driver.turn(0.0)
-            self._driver.follow()
+        driver = self._driver
+        if driver is not None and (self._leads or driver.lead()):
+            self._leads = True
+            driver.turn(0.0)
+            self.leave()
 
-    def wait(self, deadline: float) -> bool:
-        """Wait for an item until `time.monotonic() == deadline`; whether there is one. Consumer thread only."""
-        if self.filled:
+    def wait(self, deadline: float, *, stay: bool = False) -> bool:
+        """Wait for an item until `time.monotonic() == deadline`; whether there is one. Consumer thread only.
+
+        stay: the driver's turns are the consumer's from then on, in and out of `wait`, until `leave`.
+        """
+        if self._first or self._queue.qsize():
             return True
         timeout = deadline - time.monotonic()
         if timeout <= 0:
             return False
-        if self._driver is not None and self._driver.lead():
-            self._wait_leading(self._driver, deadline)
+        driver = self._driver
+        if driver is not None and (self._leads or driver.lead()):
+            self._leads = True
+            lives = False
+            try:
+                lives = self._wait_leading(driver, timeout, deadline)
+            finally:
+                if not (stay and lives):
+                    self.leave()
+            if self._queue.qsize():
+                return True
             timeout = max(0.0, deadline - time.monotonic())
         try:
             self._first.append(self._queue.get(timeout=timeout))
@@ -152,17 +168,30 @@ class Inbox(Generic[Item]):
             return False
         return True
 
-    def _wait_leading(self, driver: Driver, deadline: float) -> None:
-        """Run the driver's turns until there is an item, the deadline, or the driver's end."""
+    def leave(self) -> None:
+        """The driver's turns are its own again; nothing happens where they are. Consumer thread only."""
+        if self._leads and self._driver is not None:
+            self._leads = False
+            self._driver.follow()
+
+    def _wait_leading(self, driver: Driver, timeout: float, deadline: float) -> bool:
+        """Run the driver's turns until there is an item, the deadline, or the driver's end; whether it lives."""
         try:
             while True:
                 self._asleep = True
+                if self._queue.qsize() or timeout <= 0:
+                    return True
+                if not driver.turn(timeout, self._awake):
+                    return False
+                if self._queue.qsize():
+                    return True
                 timeout = deadline - time.monotonic()
-                if self._queue.qsize() or timeout <= 0 or not driver.turn(timeout, self._awake):
-                    return
         finally:
             self._asleep = False
-            driver.follow()
 
     def _awake(self) -> None:
         self._asleep = False
+
+
+def _nobody() -> None:
+    """Nobody is to be woken."""

@@ -55,6 +55,7 @@ class Incoming:
     def __init__(self, peer: WorkerId, opened: socket.socket, owner: IncomingOwner, reader: FrameReader) -> None:
         self.peer = peer
         self._socket = opened
+        self._may_hold = isinstance(opened, TlsSocket)
         self._owner = owner
         self._reader = reader
 
@@ -83,8 +84,11 @@ class Incoming:
                 if not count:
                     return self._hung_up()
                 reader.advance(count)
-                if count < len(buffer) and not to_the_end:
-                    return None  # most likely all that there was; if not, the loop tells again
+                if to_the_end:
+                    continue
+                # Most likely all that there was; if not, the loop tells again, but for what TLS holds.
+                if count < len(buffer) or not (reader.inside_frame or self._may_hold):
+                    return None
         except BlockingIOError:
             return None
         except OSError as error:

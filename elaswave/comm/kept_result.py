@@ -27,19 +27,26 @@ class KeptResult:
     def replace(self, result: Tensor | None, placed: Sequence[Placed]) -> None:
         """Keep this one, flat, instead. placed: what was received of it, in any order; other places are ignored."""
         self._parts = []
-        if result is None:
+        if result is None or not result.nbytes:
             return
+        if len(placed) == 1:
+            place, received = placed[0]
+            if place.nbytes == result.nbytes and place.data_ptr() == result.data_ptr():
+                self._parts.append(received.view(torch.uint8))
+                return
         content = result.view(torch.uint8)
-        received = _by_start(content, placed) if placed else []
-        if not received:
+        parts = _by_start(content, placed) if placed else []
+        if not parts:
             self._parts.append(self._room(content.numel())[: content.numel()].copy_(content))
             return
-        cuts = [0, *(edge for start, part in received for edge in (start, start + part.numel())), content.numel()]
+        cuts = [0, *(edge for start, part in parts for edge in (start, start + part.numel())), content.numel()]
         gaps = list(zip(cuts[::2], cuts[1::2], strict=True))
         room = self._room(sum(stop - start for start, stop in gaps))
         for index, (start, stop) in enumerate(gaps):
-            copied, room = room[: stop - start], room[stop - start :]
-            self._parts += [copied.copy_(content[start:stop]), *(part for _, part in received[index : index + 1])]
+            if start < stop:
+                copied, room = room[: stop - start], room[stop - start :]
+                self._parts.append(copied.copy_(content[start:stop]))
+            self._parts += [part for _, part in parts[index : index + 1]]
 
     def _room(self, nbytes: int) -> Tensor:
         """Memory that was never used before costs more than the copy."""

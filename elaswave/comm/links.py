@@ -143,13 +143,13 @@ class Links:
         has to wait. Dials on first use; frames wait while a peer cannot be reached. Raises ProtocolError over the
         limits, LinkBacklog over the queue limit, LinkClosed if `peer` has no address or the links are closed.
         """
-        view = _as_bytes(payload)
+        view = _as_bytes(payload) if payload is not None else None
         payload_bytes = 0 if view is None else len(view)
         check_frame(kind, len(meta), payload_bytes, self._limit)
         outgoing = self._outgoing.get(peer)
         if outgoing is None:
             outgoing = self._open(peer)
-        sent, flags = self._as_sent(outgoing, view, copy=copy)
+        sent, flags = (view, 0) if self._pool is None else self._as_sent(outgoing, view, copy=copy)
         if outgoing.queue.push(kind, meta, sent, copy=copy, flags=flags, more=more):
             self._board.loop.call_soon(partial(self._board.dial, outgoing))
         self._board.sent.add(kind, HEADER_BYTES + len(meta) + payload_bytes)
@@ -277,9 +277,7 @@ class Links:
         return flushed
 
 
-def _as_bytes(payload: Payload | None) -> memoryview | None:
-    if payload is None:
-        return None
+def _as_bytes(payload: Payload) -> memoryview | None:
     view = payload.data if isinstance(payload, np.ndarray) else memoryview(payload)
     if not view.nbytes:
         return None

@@ -224,39 +224,39 @@ class Loop:
 
         For the daemon, and for who leads. Never raises Exception: a bug in a handler is reported and ends the loop.
         """
+        epoll, daemon_epoll, timers = self._epoll, self._daemon_epoll, self._timers
+        if self._ending or epoll is None or daemon_epoll is None:
+            return not self._ending
         try:
-            if not self._ending:
-                self._turn(limit_s, on_wake)
+            if not self._led and not self._daemon_serves:
+                daemon_epoll.register(epoll, select.EPOLLIN)
+                self._daemon_serves = True
+            if timers:
+                limit_s = min(limit_s, max(0.0, timers[0][0] - time.monotonic()))
+            ready = epoll.poll(limit_s, EVENTS_PER_TURN)
+            if on_wake is not None:
+                on_wake()
+            for fd, events in ready:
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler.on_event(events)
+                elif fd == self._wake_fd:
+                    os.eventfd_read(fd)
+            for _ in range(len(self._commands)):
+                self._commands.popleft()()
+            if timers:
+                self._run_timers()
+            if self._to_close:
+                self._close_sockets()
         except Exception as error:  # outermost frame of the loop: nobody else could report it
             self._ending = True
             self._on_failure(error)
         return not self._ending
 
-    def _turn(self, limit_s: float, on_wake: Command | None) -> None:
-        if self._epoll is None or self._daemon_epoll is None:
-            return
-        if not self._led and not self._daemon_serves:
-            self._daemon_epoll.register(self._epoll, select.EPOLLIN)
-            self._daemon_serves = True
-        timeout = self._timeout()
-        ready = self._epoll.poll(limit_s if timeout is None else min(limit_s, timeout), EVENTS_PER_TURN)
-        if on_wake is not None:
-            on_wake()
-        for fd, events in ready:
-            if fd == self._wake_fd:
-                os.eventfd_read(fd)
-                continue
-            handler = self._handlers.get(fd)
-            if handler is not None:
-                handler.on_event(events)
-        for _ in range(len(self._commands)):
-            self._commands.popleft()()
-        if self._timers:
-            now = time.monotonic()
-            while self._timers and self._timers[0][0] <= now:
-                heapq.heappop(self._timers)[2]()
-        if self._to_close:
-            self._close_sockets()
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
 
     def _finish(self) -> None:
         self._on_end()

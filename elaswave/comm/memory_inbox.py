@@ -17,18 +17,12 @@ class MemoryInbox(Inbox[Item]):
     def __init__(self) -> None:
         super().__init__()
         self._bell = Bell()
-        self._dozing = False
-
-    def put(self, item: Item, /) -> None:
-        """Append `item` and wake the consumer; never blocks."""
-        super().put(item)
-        # wait_with() sets _dozing before it looks at the queue for the last time, so one of both sees the other.
-        if self._dozing:
-            self._bell.ring()
 
     def wait_with(self, awaited: Sequence[Await], deadline: float) -> None:
         """Wait for an item, or until one of what is awaited may be ready; may end early. Consumer thread only."""
-        self._dozing = True
+        self.leave()
+        before, self._wake = self._wake, self._bell.ring
+        self._asleep = True
         try:
             # Words first: what changes after this look at what they stand for, changes them too.
             words = [*(found.word() for found in awaited), self._bell.word()]
@@ -37,4 +31,5 @@ class MemoryInbox(Inbox[Item]):
             if limit_s > 0 and not self.filled and not any(found.is_ready() for found in awaited):
                 wait_while(words[:WORDS_LIMIT], now, limit_s)
         finally:
-            self._dozing = False
+            self._asleep = False
+            self._wake = before

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from elaswave.comm import frames
+from elaswave.comm.frames import ALIGNMENT_BYTES, aligned, aligned_buffer
 
 POOLED_BYTES: Final = 64 << 10
 """Smaller payloads get memory of their own, which the C library keeps."""
@@ -34,15 +34,15 @@ class ReceiveMemory:
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """Uninitialised bytes that start at a multiple of 64; they are whoever's that refers to them."""
         if nbytes < POOLED_BYTES:
-            return frames.aligned_buffer(nbytes)
-        least, most = nbytes + frames.ALIGNMENT_BYTES - 1, nbytes + nbytes // 4
+            return aligned(np.empty(nbytes + ALIGNMENT_BYTES - 1, dtype=np.uint8), nbytes)
+        least, most = nbytes + ALIGNMENT_BYTES - 1, nbytes + nbytes // 4
         for index, references in enumerate(_references(self._blocks)):
             if references == self._unused and least <= self._blocks[index].size <= most:
                 block = self._blocks[index]
                 del self._blocks[index]
                 self._blocks.append(block)
-                return frames.aligned(block, nbytes)
-        made = frames.aligned_buffer(nbytes)
+                return aligned(block, nbytes)
+        made = aligned_buffer(nbytes)
         if isinstance(made.base, np.ndarray):
             self._keep(made.base)
         return made

@@ -6,8 +6,18 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
-from elaswave.comm.frames import CHECKED, CHECKSUM, HEADER_BYTES, checksum, encode_goodbye, encode_header
+from elaswave.comm.frames import (
+    CHECKED,
+    CHECKSUM,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    SEQUENCE_LIMIT,
+    checksum,
+    encode_goodbye,
+)
 from elaswave.errors import ElasWaveError, PeerError
 
 # Frames up to this are joined into one piece of memory: one copy is cheaper than one more entry for sendmsg.
@@ -74,49 +84,58 @@ class SendQueue:
             payload_sum = zlib.crc32(payload) if payload is not None else 0
         total = HEADER_BYTES + meta_bytes + payload_bytes
         with self._lock:
-            self._check_open(total)
-            head = encode_header(
-                kind=kind, meta_bytes=meta_bytes, payload_bytes=payload_bytes, sequence=self._sequence, flags=flags
-            )
+            if self._closed is not None or self._limit_bytes is not None:
+                self._check_open(total)
+            head = HEADER.pack(MAGIC, kind, flags, meta_bytes, self._sequence % SEQUENCE_LIMIT, payload_bytes)
             self._sequence += 1
             if self._checksums:
                 meta += CHECKSUM.pack(checksum(head, meta, payload_sum))
-            parts = _join(head, meta, payload, total)
+            parts: list[Part] = _parts_of(head, meta, payload, total)
             # What is checked must not change: the receiver would take that for damage, and the sender for lost.
-            return self._take(parts, total, copy=copy or self._checksums, more=more)
+            copy |= self._checksums
+            first = not self._queued_bytes
+            if more and (first or self._held) and self._socket is not None and not self._writing:
+                self._held = True
+                self._queue(parts, total, copy=copy)
+                return False
+            return self._put(parts, total, copy=copy)
 
     def release(self) -> None:
         """Write what waits for more to follow. For the thread that pushes."""
         with self._lock:
             if self._held:
-                self._take([], 0, copy=False, more=False)
+                self._put([], 0, copy=False)
 
-    def _take(self, parts: list[Part], total: int, *, copy: bool, more: bool) -> bool:
+    def _put(self, parts: list[Part], total: int, *, copy: bool) -> bool:
+        """Write this, behind what is held, or queue it; whether it is the first that waits for a connection."""
+        if self._held:
+            parts, total = [*self._parts, *parts], total + self._queued_bytes
+            self._parts.clear()
+            self._queued_bytes, self._held = 0, False
+        opened = self._socket
         first = not self._queued_bytes
-        if (first or self._held) and not self._writing and self._socket is not None:
-            if more:
-                self._held = True
-                self._queue(parts, total, copy=copy)
-                return False
-            if self._held:
-                parts, total = [*self._parts, *parts], total + self._queued_bytes
-                self._parts.clear()
-                self._queued_bytes, self._held = 0, False
-            sent = self._write_now(self._socket, parts, total)
+        if first and opened is not None and not self._writing:
+            try:
+                direct = parts if total <= self._direct_bytes else _until(parts, self._direct_bytes)
+                if len(direct) == 1:
+                    sent = opened.send(direct[0], socket.MSG_NOSIGNAL)
+                else:
+                    sent = opened.sendmsg(direct, (), socket.MSG_NOSIGNAL)
+            except OSError:
+                # Full: the loop tells when it is writable. Broken: the loop is told so, and reports it.
+                sent = 0
             if sent == total:
                 return False
             parts = _after(parts, sent)
             total -= sent
         self._queue(parts, total, copy=copy)
-        if self._socket is None:
-            return first
-        if not self._armed:
+        if opened is not None and not self._armed:
             self._armed = True
-            self._rearm(self._socket, WRITABLE)
-        return False
+            self._rearm(opened, WRITABLE)
+        return first and opened is None
 
     def _queue(self, parts: list[Part], total: int, *, copy: bool) -> None:
-        self._parts.extend(bytes(part) if copy else part for part in parts)
+        self._parts.extend([bytes(part) for part in parts] if copy else parts)
         self._queued_bytes += total
 
     def _check_open(self, frame_bytes: int) -> None:
@@ -128,18 +147,6 @@ class SendQueue:
                 f"{self._queued_bytes} bytes wait for {self._peer_name}; a frame of {frame_bytes} more is over the "
                 f"limit of {limit}: send it later, or raise queue_limit_bytes"
             )
-
-    def _write_now(self, opened: socket.socket, parts: list[Part], total: int) -> int:
-        limit = self._direct_bytes
-        if total > limit:
-            parts = _until(parts, limit)
-        try:
-            if len(parts) == 1:
-                return opened.send(parts[0], socket.MSG_NOSIGNAL)
-            return opened.sendmsg(parts, (), socket.MSG_NOSIGNAL)
-        except OSError:
-            # Full: the loop tells when it is writable. Broken: the loop is told so, and reports it.
-            return 0
 
     def attach(self, opened: socket.socket) -> None:
         """The connection is up: write to `opened`, what is queued first."""
@@ -216,7 +223,8 @@ class SendQueue:
         """After `close`: say good-bye if `goodbye`, and let go of the socket."""
         with self._lock:
             if goodbye and self._socket is not None:
-                self._write_now(self._socket, [encode_goodbye(self._sequence)], HEADER_BYTES)
+                with suppress(OSError):  # it is full, or gone
+                    self._socket.send(encode_goodbye(self._sequence), socket.MSG_NOSIGNAL)
             self._drop()
 
     def _drop(self) -> None:
@@ -227,9 +235,9 @@ class SendQueue:
         self._armed = False
 
 
-def _join(head: bytes, meta: bytes, payload: memoryview | None, total: int) -> list[Part]:
+def _parts_of(head: bytes, meta: bytes, payload: memoryview | None, total: int) -> list[Part]:
     if total <= JOIN_BYTES:
-        return [b"".join((head, meta, payload if payload is not None else b""))]
+        return [b"".join((head, meta, payload)) if payload is not None else head + meta]
     parts: list[Part] = [head + meta] if len(meta) <= JOIN_BYTES else [head, meta]
     if payload is not None and len(payload):
         parts.append(payload)

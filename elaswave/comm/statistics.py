@@ -40,8 +40,9 @@ class TrafficCounter:
     def add(self, kind: int, nbytes: int) -> None:
         """Count one frame."""
         with self._lock:
-            counts = self._by_kind.get(kind)
-            if counts is None:
+            try:
+                counts = self._by_kind[kind]
+            except KeyError:
                 counts = self._by_kind[kind] = [0, 0]
             counts[0] += 1
             counts[1] += nbytes

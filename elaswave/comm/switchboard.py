@@ -110,7 +110,7 @@ class Switchboard:
 
         def deliver(kind: int, meta: bytes, payload: NDArray[np.uint8]) -> None:
             count(kind, HEADER_BYTES + len(meta) + payload.size)
-            put(Received(peer=peer, kind=kind, meta=meta, payload=payload))
+            put(Received(peer, kind, meta, payload))
 
         return deliver
 

@@ -6,7 +6,8 @@ import time
 import torch
 
 from elaswave.comm.addresses import LinkOptions
-from elaswave.comm.endpoint import Endpoint, EndpointOptions
+from elaswave.comm.endpoint import Endpoint
+from elaswave.comm.endpoint_options import EndpointOptions
 from elaswave.comm.group import Group
 from elaswave.comm.inbox import PeerClosed
 from elaswave.core.ids import WorkerId

@@ -60,7 +60,7 @@ class Network:
             return False
         sender, receiver = self.generator.choice(ready)
         epoch, number, content = self.links[sender, receiver].popleft()
-        self.ranks[receiver].receive(sender, epoch, number, content)
+        self.ranks[receiver].receive(sender, epoch, number, content.numpy())
         return True
 
     def kill(self, worker: WorkerId) -> None:

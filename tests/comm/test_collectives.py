@@ -129,12 +129,12 @@ def test_dimensions_multiply_to_the_number_of_ranks() -> None:
     assert [dimensions_of(size) for size in (1, 2, 4, 6, 8, 24, 31, 32)] == [
         (),
         (2,),
-        (4,),
+        (2, 2),
         (2, 3),
-        (4, 2),
-        (4, 2, 3),
+        (2, 2, 2),
+        (2, 2, 2, 3),
         (31,),
-        (4, 4, 2),
+        (2, 2, 2, 2, 2),
     ]
 
 

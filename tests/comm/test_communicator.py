@@ -140,7 +140,8 @@ def test_what_a_rank_has_completed_is_handed_to_those_that_miss_it() -> None:
     while not operations[0].finished:  # the root has the sum; its children have not heard of it
         for pair in ((1, 0), (2, 0)):
             frames = network.links[WorkerId(pair[0]), WorkerId(pair[1])]
-            network.ranks[WorkerId(0)].receive(WorkerId(pair[0]), *frames.popleft())
+            epoch, number, content = frames.popleft()
+            network.ranks[WorkerId(0)].receive(WorkerId(pair[0]), epoch, number, content.numpy())
     network.kill(WorkerId(2))
     network.links.clear()
     for rank in (0, 1):
@@ -193,7 +194,7 @@ def test_any_number_of_operations_that_wait_end_at_once() -> None:
     operations = [Operation("test", receive(1 if index == 0 else 2), 1e9, None, keep=False) for index in range(count)]
     for operation in operations:
         me.submit(operation)
-    content = torch.zeros(1).view(torch.uint8)
+    content = torch.zeros(1).view(torch.uint8).numpy()
     for number in range(2, count + 1):
         me.receive(WorkerId(2), 0, number, content)
     assert not any(operation.finished for operation in operations)
@@ -212,6 +213,6 @@ def test_a_result_that_is_handed_over_has_the_expected_length(length: int) -> No
 
     completed, holder = 1, 1
     said = torch.tensor([completed, holder, length, completed, 1, NO_STAKE])
-    me.receive(WorkerId(1), 1, AGREEMENT, said.view(torch.uint8))
+    me.receive(WorkerId(1), 1, AGREEMENT, said.view(torch.uint8).numpy())
     assert isinstance(operation.error, ProtocolError)
     assert f"hands over a result of {length} bytes" in str(operation.error)

@@ -212,7 +212,7 @@ def test_closing_ends_a_wait_of_another_thread(tmp_path: Path, arena_bytes: int)
 
 def is_asleep(endpoint: Endpoint) -> bool:
     """Some thread waits for messages, or for memory."""
-    return endpoint._inbox._asleep or endpoint._inbox._dozing
+    return endpoint._inbox._asleep
 
 
 def asleep_in_an_all_reduce(ranks: Gang, group: Group) -> Future[None]:

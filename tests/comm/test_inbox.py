@@ -118,3 +118,20 @@ def test_waiting_goes_on_after_the_loop_has_ended() -> None:
     assert inbox.wait(time.monotonic() + LIMIT_S)
     assert inbox.take_all() == [1]
     ender.join()
+
+
+def test_who_stays_has_the_turns_until_he_leaves(request: pytest.FixtureRequest) -> None:
+    inbox: Inbox[int] = Inbox()
+    loop = Loop(on_failure=no_failure, on_end=lambda: None)
+    loop.start()
+    request.addfinalizer(lambda: loop.stop(LIMIT_S))
+    inbox.attach(loop)
+    loop.call_soon(lambda: inbox.put(1))
+    assert inbox.wait(time.monotonic() + LIMIT_S, stay=True) and inbox.take_all() == [1]
+    assert not inbox.wait(time.monotonic() + 0.01, stay=True)
+    ran = threading.Event()
+    loop.call_soon(ran.set)
+    assert not ran.wait(0.1), "nobody else runs turns"
+    inbox.leave()
+    assert ran.wait(LIMIT_S)
+    inbox.leave()  # again: nothing happens

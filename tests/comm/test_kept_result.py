@@ -34,3 +34,9 @@ def test_received_memory_is_not_copied() -> None:
     kept.replace(result, [Placed(result, received)])
     received.fill_(2.0)
     assert torch.equal(kept.whole().view(torch.float32), received)
+
+
+def test_what_was_received_for_another_place_is_not_kept_for_the_result() -> None:
+    kept, result = KeptResult(), torch.ones(8)
+    kept.replace(result, [Placed(torch.zeros(8), torch.zeros(8))])
+    assert torch.equal(kept.whole().view(torch.float32), result)

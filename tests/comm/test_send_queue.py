@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elaswave.comm.addresses import LinkOptions
 from elaswave.comm.frames import HEADER_BYTES, FrameReader
 from elaswave.comm.sending import JOIN_BYTES, WRITABLE, LinkBacklog, SendQueue
 from elaswave.errors import LinkClosed
@@ -197,3 +198,16 @@ def test_a_closed_queue_tells_why() -> None:
         wire.queue.push(1, b"", None, copy=False)
     wire.near.close()
     wire.far.close()
+
+
+def test_a_payload_of_a_mebibyte_does_not_leave_a_rest_of_some_bytes_behind() -> None:
+    """That would wait till the I/O thread has its turns again, milliseconds after the last wait of a caller."""
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        options = LinkOptions()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.socket_buffer_bytes)
+        queue = SendQueue("worker 7", direct_bytes=options.direct_bytes, limit_bytes=None, rearm=lambda *_: None)
+        queue.attach(near)
+        queue.push(1, bytes(20), memoryview(bytes(1 << 20)), copy=False)
+        assert queue.queued_bytes == 0

@@ -155,7 +155,7 @@ def pass_on(network: Network, sender: int, receiver: int) -> None:
     frames = network.links[WorkerId(sender), WorkerId(receiver)]
     while frames:
         epoch, number, content = frames.popleft()
-        network.ranks[WorkerId(receiver)].receive(WorkerId(sender), epoch, number, content)
+        network.ranks[WorkerId(receiver)].receive(WorkerId(sender), epoch, number, content.numpy())
 
 
 def acknowledge(network: Network) -> None:

@@ -2,31 +2,28 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
 from elaswave.comm.futex import Word
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Send a flat contiguous tensor to a rank. It must not change before the collective ends on that rank."""
 
     rank: int
     tensor: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Receive:
+class Receive(NamedTuple):
     """Take the next tensor that this rank has sent in this collective; `like` has its dtype and length."""
 
     rank: int
     like: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """`received` was copied to `place`, a part of the result: who keeps the result may keep `received` for it."""
 
     place: Tensor
@@ -38,8 +35,7 @@ class Held:
     """From here on this rank has its result, whatever becomes of the others: only acknowledgements follow."""
 
 
-@dataclass(frozen=True, slots=True)
-class Await:
+class Await(NamedTuple):
     """Go on once `is_ready()`, which the rank makes so: `word()` changes before or when it gets so, and wakes."""
 
     rank: int

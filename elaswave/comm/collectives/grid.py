@@ -16,23 +16,19 @@ from elaswave.comm.collectives.direct import direct_all_gather, direct_reduce_sc
 from elaswave.comm.collectives.reduction import Combine, even_segments, split, whole_of
 from elaswave.comm.collectives.tree import tree_all_reduce
 
-LONGEST = 4
-"""No longer dimension is made of shorter ones: one hop more costs as much as a few frames."""
-
 
 def dimensions_of(size: int) -> tuple[int, ...]:
-    """Lengths of the dimensions, of which the product is the number of ranks; a prime number has one."""
+    """Lengths of the dimensions, of which the product is the number of ranks: its prime factors.
+
+    The shorter the dimensions, the fewer the frames; one hop more costs less than the frames that it saves.
+    """
     found: list[int] = []
     length = 2
     while size > 1:
-        if size % length:
-            length += 1
-            continue
-        size //= length
-        if found and found[-1] * length <= LONGEST:
-            found[-1] *= length
-        else:
+        while size % length == 0:
+            size //= length
             found.append(length)
+        length += 1
     return tuple(found)
 
 
@@ -63,15 +59,18 @@ def grid_reduce_scatter(rank: int, whole: Tensor, lengths: Sequence[int], combin
         yield from direct_reduce_scatter(line.place, line.parts, combine, line.ranks)
 
 
-def grid_all_gather(rank: int, segments: Sequence[Tensor]) -> Collective:
-    """Every segment becomes that of the rank of its number."""
+def grid_all_gather(rank: int, segments: Sequence[Tensor], whole: Tensor | None = None) -> Collective:
+    """Every segment becomes that of the rank of its number. whole: of which they are the parts, one after the other."""
     lengths = [segment.numel() for segment in segments]
-    whole = whole_of(segments)
-    parts = split(whole, lengths)
-    _copy([segments[rank]], [parts[rank]])
+    parts: Sequence[Tensor] = segments
+    if whole is None:
+        whole = whole_of(segments)
+        parts = split(whole, lengths)
+        _copy([segments[rank]], [parts[rank]])
     for line in reversed(list(_lines(rank, whole, lengths))):
         yield from direct_all_gather(line.place, line.parts, line.ranks)
-    _copy(parts, segments)
+    if parts is not segments:
+        _copy(parts, segments)
 
 
 def _copy(given: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
@@ -84,7 +83,7 @@ def grid_all_reduce(rank: int, size: int, whole: Tensor, combine: Combine) -> Co
     """Every rank gets the combination over all ranks."""
     lengths = even_segments(whole.numel(), size)
     yield from grid_reduce_scatter(rank, whole, lengths, combine)
-    yield from grid_all_gather(rank, split(whole, lengths))
+    yield from grid_all_gather(rank, split(whole, lengths), whole)
 
 
 def halved_all_reduce(rank: int, size: int, whole: Tensor, combine: Combine) -> Collective:

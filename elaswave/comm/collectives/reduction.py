@@ -33,10 +33,10 @@ def split(tensor: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
 def whole_of(tensors: Sequence[Tensor]) -> Tensor:
     """A flat tensor for the elements of all: a view of them, if they lie one after the other in memory, else new."""
     total = sum(tensor.numel() for tensor in tensors)
-    filled = [tensor.detach() for tensor in tensors if tensor.numel()]
+    filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
         return tensors[0].new_empty(0)
-    first = filled[0]
+    first = filled[0].detach()
     end = first.data_ptr()
     for tensor in filled:
         if not tensor.is_contiguous() or tensor.data_ptr() != end:

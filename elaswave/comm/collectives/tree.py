@@ -1,12 +1,12 @@
 """Tree: up to the root and down again, in a number of hops that grows with the logarithm. For what is small."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
-import torch
 from torch import Tensor
 
 from elaswave.comm.collectives.commands import Collective, Placed, Receive, Send
-from elaswave.comm.collectives.reduction import Combine, split
+from elaswave.comm.collectives.reduction import Combine
 
 FAN_OUT = 3
 """Children of a rank. A wider tree has fewer levels, of which each costs a change of process."""
@@ -48,11 +48,36 @@ def tree_all_reduce(rank: int, size: int, tensor: Tensor, combine: Combine) -> C
 
 
 def tree_all_gather(rank: int, whole: Tensor, lengths: Sequence[int]) -> Collective:
-    """Every segment of `whole`, of these lengths, becomes that of the rank of its number."""
-    for place, segment in enumerate(split(whole, lengths)):
-        if place != rank:
-            segment.zero_()
-    yield from tree_all_reduce(rank, len(lengths), whole.view(torch.uint8), _either)
+    """Every segment of `whole`, of these lengths, becomes that of the rank of its number.
+
+    Ranks stand in the tree so that those below one have the numbers next to its own: what they have is one piece.
+    """
+    size = len(lengths)
+    places = _places_below(0, size)
+    rank_at = {place: index for index, place in enumerate(places)}
+    starts = [0, *accumulate(lengths)]
+    place = places[rank]
+    children = [rank_at[child] for child in children_of(place, size)]
+    last = rank + len(_places_below(place, size))
+    for child, following in pairwise([*children, last]):
+        part = whole[starts[child] : starts[following]]
+        part.copy_((yield Receive(child, part)))
+    if rank:
+        parent = rank_at[parent_of(place)]
+        yield Send(parent, whole[starts[rank] : starts[last]])
+        received = yield Receive(parent, whole)
+        whole.copy_(received)
+        yield Placed(whole, received)
+    for child in children:
+        yield Send(child, whole)
+
+
+def _places_below(place: int, size: int) -> list[int]:
+    """This one and all below it, each before those below it."""
+    found = [place]
+    for child in children_of(place, size):
+        found += _places_below(child, size)
+    return found
 
 
 def tree_barrier(rank: int, size: int, empty: Tensor) -> Collective:
@@ -62,7 +87,3 @@ def tree_barrier(rank: int, size: int, empty: Tensor) -> Collective:
 
 def _nothing(into: Tensor, other: Tensor) -> None:
     del into, other
-
-
-def _either(into: Tensor, other: Tensor) -> None:
-    into.bitwise_or_(other)
