@@ -29,7 +29,7 @@ class Restart:
     def __init__(self, config: ControllerConfig, resume_from: str) -> None:
         self._config = config
         self._waiting: set[WorkerId] = set()
-        self._next_worker = config.first_worker
+        self._first_worker = self._next_worker = config.first_worker
         self._best_step = -1
         self._step_at_restart = -1
         self._cause: _Cause | None = None
@@ -46,6 +46,10 @@ class Restart:
     def missing(self) -> frozenset[WorkerId]:
         """Workers whose end is not confirmed yet."""
         return frozenset(self._waiting)
+
+    def is_past(self, worker: WorkerId) -> bool:
+        """Whether it was a worker of an earlier generation, of which the core of this one knows nothing."""
+        return worker < self._first_worker
 
     def saw_worker(self, worker: WorkerId) -> None:
         """A worker was started under this id."""
@@ -119,5 +123,6 @@ class Restart:
         """
         self.deadline = None
         self.generation += 1
+        self._first_worker = self._next_worker
         nnodes = self._config.nnodes if self._config.nodes_return else nodes
         return replace(self._config, allow_fresh_start=False, first_worker=self._next_worker, nnodes=nnodes)

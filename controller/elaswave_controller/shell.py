@@ -150,6 +150,8 @@ class Shell:
                 self._pids[event.worker] = event.pid
             case WorkerExited():
                 self._forget(event.worker)
+                # An agent confirms a fence once more where the worker had ended before it came.
+                return not self._restart.is_past(event.worker)
             case AgentAttached():
                 # After a restart of the job, the new core is told of all agents; one may be in the queue as well.
                 known = event.node in self._told or self._restart.under_way

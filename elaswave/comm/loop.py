@@ -23,7 +23,7 @@ GRACE_S = 0.020
 # It is busy if it has computed for so much of that time. If it has not, it most likely waits for a CPU among many
 # processes: a daemon that took over then would only make it wait longer.
 BUSY_S = 0.012
-PATIENCE = 5
+PATIENCE = 2
 """Looks after which the daemon takes over whatever the consumer does."""
 
 Command = Callable[[], None]

@@ -153,7 +153,7 @@ def test_many_meetings_leave_nothing_behind(addresses: list[str]) -> None:
         process = psutil.Process()
         meet(one, other)
         before = None
-        for number in range(200):
+        for number in range(100):
             one.knows(other).links.send(other.me, 1, b"", noise(100))
             assert other.next(Received).kind == 1
             if number % 2:

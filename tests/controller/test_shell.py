@@ -200,6 +200,11 @@ def test_a_restart_kills_all_and_goes_on_with_new_ids(tmp_path: Path) -> None:
             await new.wait_for(StepReported)
             [incident] = running.shell.status().incidents
             assert (incident.cause, incident.evidence, incident.workers) == ("restart", "state lost", (0, 1))
+            # The fence of worker 0 came after its end, and is confirmed now.
+            await agent.send(exited=exited(0))
+            await agent.send(exited=exited(2))
+            await new.wait_for(WorkerExited)
+            assert [event.worker for event, _ in new.seen if isinstance(event, WorkerExited)] == [2]
 
     run(body())
 
