@@ -92,21 +92,28 @@ CLONED static void adamw(float *restrict master, float *restrict average, float 
     }
 }
 
-#define MEAN(NAME, TYPE)                                                                                      \
-    CLONED static void NAME##_add(TYPE *restrict sum, const TYPE *restrict part, Py_ssize_t n) {               \
-        for (Py_ssize_t i = 0; i < n; i++) sum[i] += part[i];                                                  \
-    }                                                                                                          \
-    CLONED static void NAME##_divide(float *restrict into, const TYPE *restrict sum, Py_ssize_t n, TYPE by) {  \
-        for (Py_ssize_t i = 0; i < n; i++) into[i] = (float)(sum[i] / by);                                     \
-    }                                                                                                          \
-    static void NAME(float *into, TYPE *const *parts, Py_ssize_t count, Py_ssize_t n, TYPE by) {               \
-        TYPE sum[PIECE];                                                                                       \
-        for (Py_ssize_t start = 0; start < n; start += PIECE) {                                                \
-            Py_ssize_t length = n - start < PIECE ? n - start : PIECE;                                         \
-            memcpy(sum, parts[0] + start, length * sizeof(TYPE));                                              \
-            for (Py_ssize_t part = 1; part < count; part++) NAME##_add(sum, parts[part] + start, length);      \
-            NAME##_divide(into + start, sum, length, by);                                                      \
-        }                                                                                                      \
+/* Four parts at a time, which memory can bring side by side; one after the other took up to twice as long. */
+#define MEAN(NAME, TYPE)                                                                                        \
+    CLONED static void NAME##_four(TYPE *restrict sum, TYPE *const *parts, Py_ssize_t at, Py_ssize_t n) {        \
+        const TYPE *restrict a = parts[0] + at, *restrict b = parts[1] + at;                                     \
+        const TYPE *restrict c = parts[2] + at, *restrict d = parts[3] + at;                                     \
+        for (Py_ssize_t i = 0; i < n; i++) sum[i] = ((a[i] + b[i]) + c[i]) + d[i];                               \
+    }                                                                                                            \
+    CLONED static void NAME##_add(TYPE *restrict sum, const TYPE *restrict part, Py_ssize_t n) {                 \
+        for (Py_ssize_t i = 0; i < n; i++) sum[i] += part[i];                                                    \
+    }                                                                                                            \
+    CLONED static void NAME##_divide(float *restrict into, const TYPE *restrict sum, Py_ssize_t n, TYPE by) {    \
+        for (Py_ssize_t i = 0; i < n; i++) into[i] = (float)(sum[i] / by);                                       \
+    }                                                                                                            \
+    static void NAME(float *into, TYPE *const *parts, Py_ssize_t count, Py_ssize_t n, TYPE by) {                 \
+        TYPE sum[PIECE];                                                                                         \
+        for (Py_ssize_t start = 0; start < n; start += PIECE) {                                                  \
+            Py_ssize_t length = n - start < PIECE ? n - start : PIECE, done = count < 4 ? 1 : 4;                 \
+            if (done == 4) NAME##_four(sum, parts, start, length);                                               \
+            else memcpy(sum, parts[0] + start, length * sizeof(TYPE));                                           \
+            for (; done < count; done++) NAME##_add(sum, parts[done] + start, length);                           \
+            NAME##_divide(into + start, sum, length, by);                                                        \
+        }                                                                                                        \
     }
 MEAN(mean32, float)
 MEAN(mean64, double)
