@@ -142,8 +142,8 @@ def test_a_wrong_token_opens_nothing() -> None:
         async with controller() as running:
             agent = FakeAgent(running.address, token="guess")
             running.agents.append(agent)
+            # Without a hello: gRPC calls a refusal that meets a write INTERNAL, and an agent tries again then.
             with pytest.raises(aio.AioRpcError) as refused:
-                await agent.hello()
                 await agent.receive()
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
             for call in (

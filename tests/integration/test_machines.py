@@ -64,6 +64,9 @@ def test_a_machine_that_is_cut_off_is_lost_and_comes_back(ground: Ground, machin
     status = ground.operate("status", "--json", inside=machines[0].inside)
     assert status.returncode == 0, status.stderr
     assert {worker["node"] for worker in json.loads(status.stdout)["workers"]} == {"node0", "node1"}
+    # Else the steps that are left may be over before the other machine is back.
+    slowed = ground.operate("inject", "slow", "--worker=0", "--factor=8", inside=machines[0].inside)
+    assert slowed.returncode == 0, slowed.stderr
     machines[1].cut()
     first.wait_line("incident: node lost")
     first.wait_line(r"step .* 2 workers")
