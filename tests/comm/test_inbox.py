@@ -135,3 +135,20 @@ def test_who_stays_has_the_turns_until_he_leaves(request: pytest.FixtureRequest)
     inbox.leave()
     assert ran.wait(LIMIT_S)
     inbox.leave()  # again: nothing happens
+
+
+def test_a_poll_brings_what_is_there_without_waiting(request: pytest.FixtureRequest) -> None:
+    inbox: Inbox[int] = Inbox()
+    inbox.poll()  # there is nothing to drive
+    loop = Loop(on_failure=no_failure, on_end=lambda: None)
+    loop.start()
+    request.addfinalizer(lambda: loop.stop(LIMIT_S))
+    inbox.attach(loop)
+    assert not inbox.wait(time.monotonic() + 0.01)  # from now on the loop's own thread holds back for a while
+    loop.call_soon(lambda: inbox.put(1))
+    inbox.poll()
+    assert inbox.take_all() == [1]
+    inbox.poll()
+    assert inbox.take_all() == []
+    loop.stop(LIMIT_S)
+    inbox.poll()  # it has ended
